@@ -111,9 +111,12 @@ def main() -> int:
         return error.exit_code
     except typer.Abort:
         return _leave(130, ["interrupted"])
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if os.environ.get("ALIGNKIT_DEBUG") == "1":
             traceback.print_exception(error)
+        if isinstance(error, SystemExit):  # of code that a recipe names: with its code 0 nothing would look done
+            what = f"code that alignkit called ended the process, SystemExit: {error.code}"
+            error = RuntimeError(what).with_traceback(error.__traceback__)
         return end(error, place.get("run_dir"))
     # typer turns KeyboardInterrupt into 130 without a word
     return _leave(code if isinstance(code, int) else 0, ["interrupted"] if code == 130 else None)

@@ -40,6 +40,7 @@ from alignkit.models.hub import explain_hub_errors, fetch_adapter
 from alignkit.models.rnnsearch import RnnSearchConfig
 from alignkit.recipe.schema import OBJECTIVES
 from alignkit.recipe.stage import Stage
+from alignkit.runs.directory import require_whole
 
 END_OF_TEXT, PAD, IM_START, IM_END = "<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"
 _MERGES = Path(__file__).with_name("tiny_merges.txt")
@@ -210,19 +211,24 @@ def context_length(stage: Stage, *, rotary: bool = True) -> int | None:
 
 
 def find_base(files: ModelFiles) -> str:
-    """Find where the base of an adapter is: as written, or `base/` beside it when the run was moved."""
+    """Find where the base of an adapter is: as written, or where it went when its run, or a whole recipe's, was moved.
+    Raises ModelError when it is gone, RunError when a run made it and its bytes have changed since."""
     assert files.base is not None
     if is_builtin(files.base):
         raise ModelError(f"{files.path} names {files.base} as its base, which has no files; train it again")
-    if Path(files.base).is_dir():
-        return files.base
-    beside = files.path.parent / "base"
-    if Path(files.base).name == "base" and beside.is_dir():
-        return str(beside)
+    written, run_dir = Path(files.base), files.path.absolute().parent
+    beside = (run_dir / "base", run_dir.parent / written.parent.name / "base") if written.name == "base" else ()
+    for place in (written, *beside):
+        if place.is_dir():
+            if place.absolute().parent != run_dir:  # else it was verified with the adapter
+                require_whole(place)
+            return files.base if place is written else str(place)
     try:
         find_model_dir(files.base)
     except ModelError as error:
-        what = f"its base {files.base} is gone; put it back or edit base_model_name_or_path"
+        what = f"its base {files.base} is gone; put it back"
+        if not (run_dir / "stage.json").is_file():  # the files of a run are verified: none can be edited
+            what += " or edit base_model_name_or_path"
         raise ModelError(what, where=str(files.path)) from error
     return files.base  # a hub id
 

@@ -350,7 +350,7 @@ def _describe_stranger(name: Name, stages: Mapping[str, Section]) -> str | None:
         return None
     hint = suggest(value, stages)
     if not hint and name.kind == "reward" and re.fullmatch(r"[\w.]+:\w+", value):
-        hint = f"; a function is written {{function: {value}}}"
+        hint = f"; a function is written {{function: {value.replace('.py:', ':')}}}"
     writers = [other.name for other in stages.values() if other.method not in (*FEEDBACK, "rm")]
     accepted = {
         "start": f"a stage ({', '.join(stages)}), a run directory or a model",

@@ -16,7 +16,7 @@ from alignkit.errors import DataError, RunError
 from alignkit.recipe.schema import PpoOptions
 from alignkit.recipe.stage import Stage, complete_fingerprint
 from alignkit.recipe.trl_fields import method_fields
-from alignkit.runs import files
+from alignkit.runs import checkpoints, files
 from alignkit.runs.files import describe_files, disk_failures, find_damaged_file, open_own, read_json, write_json
 
 _DIGEST = re.compile(r'\[?("[0-9a-f]{32,}"|null|, )+\]?')
@@ -98,16 +98,23 @@ def open_run(path: Path, *, force: bool) -> tuple[RunDir, RunLock]:
         # What a link anywhere in a run points to would be written, emptied or renamed.
         for folder, folders, files in os.walk(run.path):
             for name in (*folders, *files):
-                if os.path.islink(link := os.path.join(folder, name)):
-                    what = f"is a link to {os.readlink(link)}; a run's files lie in its directory: put what it points "
-                    raise RunError(f"{what}to in its place, or remove it", where=link)
+                if os.path.islink(entry := os.path.join(folder, name)):
+                    what = f"is a link to {os.readlink(entry)}; a run's files lie in its directory: put what it points "
+                    raise RunError(f"{what}to in its place, or remove it", where=entry)
+                # A pipe would be waited for without end; what another process removes meanwhile is neither.
+                if not os.path.isdir(entry) and not os.path.isfile(entry) and os.path.lexists(entry):
+                    raise RunError("is neither a file nor a directory; remove it", where=entry)
+        for kept in (run.checkpoints, run.cache, run.model, run.base, run.launch):
+            for place in (kept, kept.with_name(f"{kept.name}.tmp")):
+                if place.is_file():
+                    raise RunError("is a file where the run keeps a directory; move it away", where=str(place))
         lock = RunLock(run)
     return run, set_aside(run, lock) if force else lock
 
 
 def set_aside(run: RunDir, lock: RunLock) -> RunLock:
     """Move a run that has begun, its processes ended, to `<name>.old-<time>`; give the lock of the new directory."""
-    if not run.stage.exists():
+    if not run.stage.exists() and not any(run.checkpoints.glob("*checkpoint-*")):
         return lock
     aside = run.path.with_name(f"{run.path.name}.old-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
     with disk_failures(run.path, "the run directory"):
@@ -138,10 +145,15 @@ _OF_A_ROLLOUT = ("batch_size", "minibatches", "ppo_epochs", "num_generations", "
 
 def list_changes(run: RunDir, current: Mapping[str, Any], *, allow_change: Sequence[str] = ()) -> dict[str, str]:
     """List what changed since stage.json was written and was not allowed: key -> "key: before -> now"."""
-    if not run.stage.exists():
-        return {}
+    if run.stage.exists():
+        started = read_json(run.stage).get("fingerprint", {})
+    else:  # it is gone: the newest whole checkpoint knows what the run was started with
+        sealed = checkpoints.list_checkpoints(run.checkpoints, sealed=True)
+        records = (files.read_record(path / checkpoints.MANIFEST) for path in sealed)
+        if not (started := next((record["fingerprint"] for record in records if record.get("fingerprint")), None)):
+            return {}
     now = json.loads(json.dumps(dict(current), default=str))
-    before = complete_fingerprint(read_json(run.stage).get("fingerprint", {}), now)
+    before = complete_fingerprint(started, now)
     fields = method_fields(str(now.get("method")))
 
     def show(key: str, value: Any) -> str:
@@ -227,11 +239,13 @@ def read_result(path: Path) -> Result:
     return Result(**{key: data[key] for key in Result.__dataclass_fields__})
 
 
-def find_damaged_product(run_dir: Path) -> str | None:
-    """Find which of a finished run's files (weights, rows) is not as its result.json says; None when all are."""
+def find_damaged_product(run_dir: Path, *, below: str = "") -> str | None:
+    """Find which of a finished run's files (weights, rows; all or those `below` a directory) is not as its result.json
+    says; None when all are."""
     result = RunDir(run_dir).result
     try:
-        return find_damaged_file(run_dir, json.loads(result.read_text(encoding="utf-8")).get("files", {}))
+        kept = json.loads(result.read_text(encoding="utf-8")).get("files", {})
+        return find_damaged_file(run_dir, {name: facts for name, facts in kept.items() if name.startswith(below)})
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
@@ -239,14 +253,14 @@ def find_damaged_product(run_dir: Path) -> str | None:
 
 
 def require_whole(product: Path) -> None:
-    """Raise RunError when `product`, a model directory or rows, is of a finished run of ours and was damaged since."""
+    """Raise RunError when `product`, a model, base or rows, is of a finished run of ours and was damaged since."""
     product = product.absolute()
     if product.name == "critic":  # of a ppo run, inside its model
         product = product.parent
     run_dir = product.parent
-    if product.name not in PRODUCTS or not RunDir(run_dir).stage.is_file():
+    if product.name not in (*PRODUCTS, "base") or not RunDir(run_dir).stage.is_file():
         return
-    if (damage := find_damaged_product(run_dir)) is not None:
+    if (damage := find_damaged_product(run_dir, below="base/" if product.name == "base" else "")) is not None:
         what = f"{damage}: it was damaged after the run had finished; run the stage's own command again, which makes it"
         raise RunError(f"{what} anew from what it has kept, or put the file back", where=str(run_dir))
 

@@ -157,7 +157,7 @@ def disk_failures(directory: Path, what: str) -> Iterator[None]:
         is_full = any(message in str(error) for message in DISK_FULL_MESSAGES)
         if number not in _DISK_ERRNOS and not is_full:
             raise
-        reason = os.strerror(number) if number else "no space left"
+        reason = os.strerror(number) if number else "no space left, or a quota or a limit on file sizes"
         if number == errno.ELOOP:
             reason = "it is a link, and none is followed out of a run directory"
         remedy = "put that right" if number in _PLACE_ERRNOS else "make room"

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -88,3 +90,18 @@ def test_bug_before_there_is_a_run_leaves_its_traceback_here(
 def test_our_error_ends_with_its_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
     assert end(NonFiniteError("the loss at step 7 is NaN"), None) == 3
     assert capsys.readouterr().err == "error: the loss at step 7 is NaN\n"
+
+
+def test_code_of_others_that_exits_is_no_success(tmp_path: Path) -> None:
+    (tmp_path / "alignkit_quits.py").write_text(
+        "import sys, alignkit.cli as cli\n"
+        "def quits(*given, **named):\n    raise SystemExit(0)\n"
+        "cli.app.command('quits')(lambda: quits())\n"
+        "sys.argv = ['alignkit', 'quits']\n"
+        "sys.exit(cli.main())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "alignkit_quits.py"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "code that alignkit called ended the process, SystemExit: 0 (traceback: alignkit-error.log)" in done.stderr

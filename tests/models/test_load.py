@@ -222,6 +222,21 @@ def test_adapter_of_a_copied_base_is_accepted_by_its_bytes(make_stage: MakeStage
     assert_same(trained, probe_of(load_policy(stage, run_dir=Path(stage.run_dir)).model))
 
 
+def test_runs_that_were_moved_together_find_the_base_that_one_of_them_made(
+    make_stage: MakeStage, tmp_path: Path
+) -> None:
+    _, _, sft = run_stage(make_stage("sft", lora=NEW))
+    _, dpo, trained = run_stage(make_stage("dpo", lora=NEW, start=sft))
+    moved = tmp_path / "moved" / trained.name
+    shutil.copytree(sft, moved.with_name(sft.name))
+    shutil.copytree(trained, moved)
+    shutil.rmtree(sft)
+    assert_same(dpo, probe_of(load_trained(moved, device="cpu")))
+    shutil.rmtree(moved.with_name(sft.name))
+    with pytest.raises(ModelError, match=r"its base .*/base is gone; put it back"):
+        load_trained(moved, device="cpu")
+
+
 def test_run_that_was_moved_finds_its_base_beside_it(make_stage: MakeStage, tmp_path: Path) -> None:
     _, trained, run_dir = run_stage(make_stage("sft", lora=NEW))
     plain = AutoPeftModelForCausalLM.from_pretrained(run_dir / "model")  # loads with plain PEFT

@@ -152,6 +152,7 @@ def test_a_column_it_needs_and_the_rows_do_not_have(load: Load) -> None:
         ("score = 3", "score_it:score", "score is not a function in score_it"),
         ("", "no_such_module:score", "there is no module no_such_module, on sys.path or in "),
         ("", "score_it.deeper:score", "there is no module score_it.deeper, on sys.path or in "),
+        ("", "score_it.py:score", "a module is named without .py: score_it:score"),
         ("import not_installed_x", "score_it:score", "score_it imports not_installed_x, which is not there"),
         ("1 / 0", "score_it:score", "importing score_it raised ZeroDivisionError: division by zero at "),
         ("def score(:", "score_it:score", "importing score_it raised SyntaxError: "),
@@ -165,6 +166,17 @@ def test_a_function_that_cannot_be_had(
     with pytest.raises(RewardError) as caught:
         load(code, path)
     assert message in str(caught.value) and str(caught.value).startswith(f"a.yaml:3: the reward function {path}")
+
+
+@pytest.mark.parametrize("code", ["def broken(:", "raise SystemExit(0)", "1 / 0"])
+def test_the_fingerprint_of_a_function_whose_package_cannot_be_imported_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str
+) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
+    (tmp_path / "bad_package").mkdir()
+    (tmp_path / "bad_package" / "__init__.py").write_text(code)
+    stage = make_stage(tmp_path, "bad_package.part:score", trust=True)
+    assert FunctionReward.fingerprint(stage.options.reward[0], stage) is None  # type: ignore[attr-defined]
 
 
 def test_code_needs_trust(load: Load, tmp_path: Path) -> None:

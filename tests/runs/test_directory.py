@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -11,8 +12,9 @@ import pytest
 
 from alignkit.errors import RunError
 from alignkit.recipe import load_recipe, resolve
-from alignkit.runs.directory import RunDir, compare_fingerprints, list_changes, open_run
-from alignkit.runs.files import write_json
+from alignkit.runs.checkpoints import MANIFEST
+from alignkit.runs.directory import RunDir, compare_fingerprints, list_changes, open_run, require_whole
+from alignkit.runs.files import describe_files, write_json
 
 
 def test_a_second_process_is_refused_and_told_who_holds_the_run(tmp_path: Path) -> None:
@@ -68,6 +70,22 @@ def test_a_change_from_or_to_trls_default_shows_its_value(tmp_path: Path) -> Non
     assert changes["dpo.learning_rate"] == "dpo.learning_rate: 1e-05 -> 1e-06 (default)"
 
 
+def test_a_run_that_lost_its_stage_file_is_compared_with_its_newest_checkpoint_and_moved_by_force(
+    tmp_path: Path,
+) -> None:
+    run, lock = open_run(tmp_path / "run", force=False)
+    lock.close()
+    for step, beta in ((2, 0.3), (10, 0.1), (12, None)):
+        (run.checkpoints / f"checkpoint-{step}").mkdir(parents=True)
+        write_json(run.checkpoints / f"checkpoint-{step}" / MANIFEST, {"fingerprint": beta and {"dpo.beta": beta}})
+    assert list_changes(run, {"dpo.beta": 0.1}) == {}
+    assert list_changes(run, {"dpo.beta": 0.5}) == {"dpo.beta": "dpo.beta: 0.1 -> 0.5"}
+    _, lock = open_run(run.path, force=True)
+    lock.close()
+    assert not run.checkpoints.exists()
+    assert len(list(tmp_path.glob("run.old-*/checkpoints/checkpoint-10"))) == 1
+
+
 @pytest.mark.parametrize("name", [".lock", "metrics.jsonl", "stage.json.tmp", "model/config.json", "checkpoints"])
 def test_a_link_in_a_run_is_refused_and_nothing_it_points_to_is_touched(tmp_path: Path, name: str) -> None:
     outside = tmp_path / "outside"
@@ -83,6 +101,40 @@ def test_a_link_in_a_run_is_refused_and_nothing_it_points_to_is_touched(tmp_path
             open_run(tmp_path / "run", force=force)
     assert (outside / "precious").read_text() == "precious\nlast line"
     assert sorted(path.name for path in outside.iterdir()) == ["checkpoint-1", "precious"]
+
+
+def test_a_base_that_changed_after_its_run_is_refused_and_other_damage_of_that_run_is_not(tmp_path: Path) -> None:
+    run, lock = open_run(tmp_path / "run", force=False)
+    lock.close()
+    for place in (run.base, run.model):
+        place.mkdir()
+        (place / "config.json").write_text("{}")
+    kept = describe_files(run.path, [run.base / "config.json", run.model / "config.json"])
+    write_json(run.stage, {"fingerprint": {}})
+    write_json(run.result, {"status": "finished", "files": kept})
+    (run.model / "config.json").write_text("[]")
+    require_whole(run.base)
+    (run.base / "config.json").write_text("[]")
+    with pytest.raises(RunError, match=r"base/config.json has other bytes than were saved"):
+        require_whole(run.base)
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "cache", "model", "model.tmp", "launch"])
+def test_a_file_where_the_run_keeps_a_directory_is_refused_before_anything_is_loaded(tmp_path: Path, name: str) -> None:
+    run, lock = open_run(tmp_path / "run", force=False)
+    lock.close()
+    (run.path / name).write_text("kept")
+    with pytest.raises(RunError, match=rf"/{name}: is a file where the run keeps a directory; move it away"):
+        open_run(run.path, force=False)
+    assert (run.path / name).read_text() == "kept"
+
+
+def test_a_pipe_in_a_run_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    run, lock = open_run(tmp_path / "run", force=False)
+    lock.close()
+    os.mkfifo(run.metrics)
+    with pytest.raises(RunError, match=r"metrics.jsonl: is neither a file nor a directory; remove it"):
+        open_run(run.path, force=False)
 
 
 def test_a_checksum_that_changed_is_told_in_words(tmp_path: Path) -> None:

@@ -69,9 +69,10 @@ class FunctionReward:
         folder = str(Path(stage.recipe_path).resolve().parent)
         if folder not in sys.path:
             sys.path.append(folder)
-        try:
-            spec = importlib.util.find_spec(str(source.function).partition(":")[0])
-        except (ImportError, ValueError, AttributeError):
+        try:  # which runs the packages that it lies in
+            with contextlib.redirect_stdout(sys.stderr):
+                spec = importlib.util.find_spec(str(source.function).partition(":")[0])
+        except (Exception, SystemExit):
             return None  # opening it says what is wrong
         file = Path(spec.origin or "") if spec is not None else Path()
         return hashlib.blake2b(file.read_bytes(), digest_size=16).hexdigest() if file.is_file() else None
@@ -149,6 +150,8 @@ def _import(path: str, folder: Path, where: str | None) -> Callable[..., Any]:
         own = error.name is not None and f"{module_name}.".startswith(f"{error.name}.")
         what = f"there is no module {error.name}" if own else f"{module_name} imports {error.name}, which is not there"
         what, cause = f": {what}, on sys.path or in {folder}", error
+        if module_name.endswith(".py"):
+            what += f"; a module is named without .py: {module_name[:-3]}:{name}"
     except (Exception, SystemExit) as error:
         what, cause = f": importing {module_name} raised {_describe(error)}", error
     raise RewardError(f"the reward function {path}{what}", where=where) from cause
