@@ -111,6 +111,8 @@ def explain(error: Exception) -> AlignKitError | None:
         return OutOfMemoryError(f"out of memory: {what}\n{advice}")
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
         return UsageError(f"{str(error.filename)[:60]}...: file name too long; choose a shorter one")
+    if isinstance(error, RuntimeError) and "determine home directory" in str(error):  # pathlib's, without the name
+        return UsageError("a path begins with ~ and a user whom this machine has not; write the path out")
     untouched, advice = "what was complete before is untouched", "free some space and run the same command again"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
         place = f"{error.filename}: " if error.filename else ""

@@ -145,8 +145,9 @@ def migrate_file(path: Path, *, gpus: int | None = None) -> tuple[list[Migration
                 if any(all(there & {*one.split("|")} for one in mark.split("&")) for mark in table["marks"]):
                     found = [(peer, "", tree)]
                     break
-    except (OSError, ValueError, YAMLError) as error:
-        what = getattr(error, "strerror", None) or getattr(error, "problem", None) or error
+    except (OSError, ValueError, YAMLError, RecursionError) as error:
+        deep = "it is nested too deeply" if isinstance(error, RecursionError) else None
+        what = deep or getattr(error, "strerror", None) or getattr(error, "problem", None) or error
         mark = getattr(error, "problem_mark", None)
         return [], [Problem(f"cannot be read: {what}", f"{path}:{mark.line + 1}" if mark else str(path))]
     for number, (peer, method, tree) in enumerate(found, 1):

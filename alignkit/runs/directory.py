@@ -130,8 +130,9 @@ def refuse_foreign(path: Path) -> None:
     path = path.expanduser().absolute()
     if path == path.parent or path == Path.home():
         raise RunError("is no place for a run; name a directory of its own with --out", where=str(path))
-    if path.exists() and not path.is_dir():
-        raise RunError("is a file; a run needs a directory", where=str(path))
+    for place in (path, *path.parents):
+        if place.is_file() or (place == path and place.exists() and not place.is_dir()):
+            raise RunError("is a file; a run needs a directory", where=str(place))
     content = {entry.name for entry in path.iterdir()} if path.exists() else set()
     if content and not content & {".lock", "stage.json", "error.log", "launch"}:
         found = ", ".join(sorted(content)[:3])

@@ -42,6 +42,14 @@ def test_name_that_is_too_long_for_the_file_system_asks_for_another() -> None:
     assert str(known) == f"{'a' * 60}...: file name too long; choose a shorter one"
 
 
+def test_home_of_a_user_who_is_not_there_is_a_mistake_in_the_path() -> None:
+    with pytest.raises(RuntimeError) as error:
+        Path("~nobody-of-this-name/run").expanduser()
+    known = explain(error.value)
+    assert known is not None and known.exit_code == 2
+    assert str(known) == "a path begins with ~ and a user whom this machine has not; write the path out"
+
+
 def test_full_disk_in_the_words_of_torch_and_safetensors() -> None:
     for words in (
         "[enforce fail at inline_container.cc:672] . unexpected pos 273024 vs 272912",

@@ -308,6 +308,7 @@ def test_commands_of_openrlhf_and_trl(tmp_path: Path) -> None:
         ("a.yaml", "base_model: x\ndatasets: [", "a.yaml:2: cannot be read: "),
         ("a.sh", "swift rlhf --rlhf_type nash_md --model x --dataset y", "a.sh: ms-swift's nash_md: alignkit has no "
          "such method; `dpo:` learns from pairs, `ppo:` from a reward"),
+        ("a.yaml", "a: " + "[" * 3000 + "]" * 3000, "a.yaml: cannot be read: it is nested too deeply"),
         ("absent.sh", None, "absent.sh: cannot be read: No such file or directory"),
     ],
 )  # fmt: skip

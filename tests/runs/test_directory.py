@@ -129,6 +129,12 @@ def test_a_file_where_the_run_keeps_a_directory_is_refused_before_anything_is_lo
     assert (run.path / name).read_text() == "kept"
 
 
+def test_a_run_below_a_file_is_refused_with_the_name_of_the_file(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("{}")
+    with pytest.raises(RunError, match=r"rows.jsonl: is a file; a run needs a directory"):
+        open_run(tmp_path / "rows.jsonl" / "run", force=False)
+
+
 def test_a_pipe_in_a_run_is_refused_and_not_waited_for(tmp_path: Path) -> None:
     run, lock = open_run(tmp_path / "run", force=False)
     lock.close()
