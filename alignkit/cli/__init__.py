@@ -112,6 +112,8 @@ def main() -> int:
     except typer.Abort:
         return _leave(130, ["interrupted"])
     except (Exception, SystemExit) as error:
+        if isinstance(error, SystemExit) and isinstance(error.__context__, BrokenPipeError):
+            return 1  # typer's word for a reader that has gone
         if os.environ.get("ALIGNKIT_DEBUG") == "1":
             traceback.print_exception(error)
         if isinstance(error, SystemExit):  # of code that a recipe names: with its code 0 nothing would look done
