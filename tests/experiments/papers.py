@@ -1,4 +1,4 @@
-"""Make the figures of recipes/papers/ again, two entries at a time: `make papers`, under three hours on two free cores.
+"""Make the figures of recipes/papers/ again, two entries at a time: `make papers`, about an hour on two free cores.
 
     python tests/experiments/papers.py [--data ../shared/data] [--out runs/papers] [--only NAME ...]
 
@@ -306,7 +306,7 @@ def main() -> None:
             figure, met = CLAIMS[name][3](place)
         except (FileNotFoundError, RuntimeError) as error:
             return name, {"figure": f"not run: {str(error).splitlines()[-1]}", "met": None, "minutes": "–"}
-        return name, {"figure": figure, "met": met, "minutes": round(place.seconds / 60, 1)}
+        return name, {"figure": " ".join(figure.split()), "met": met, "minutes": round(place.seconds / 60, 1)}
 
     with ThreadPoolExecutor(max_workers=2) as pool:  # a core each
         missing = [name for name in options.only if found.get(name, {}).get("minutes", "–") == "–"]
