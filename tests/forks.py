@@ -12,8 +12,14 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
+
+# tqdm's own lock is a semaphore that forks share: one that is killed while it draws a bar would stop all others.
+tqdm.set_lock(threading.RLock())
 
 
 class Forks:
