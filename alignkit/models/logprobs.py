@@ -198,16 +198,6 @@ def sampled_logps(base: Any, hidden_NH: Tensor, batch: Batch) -> tuple[Tensor, T
 
 
 @torch.no_grad()
-def align(model: Any, source: Sequence[int], target: Sequence[int]) -> list[list[float]] | None:
-    """Weights of an encoder-decoder's last layer, target by source tokens, mean over heads; None without any."""
-    device = next(model.parameters()).device
-    source_1S, target_1T = (torch.tensor([list(ids)], device=device) for ids in (source, target))
-    output = model(input_ids=source_1S, labels=target_1T, use_cache=False, output_attentions=True)
-    weights = (output.cross_attentions or [None])[-1]
-    return None if weights is None else weights[0].float().mean(dim=0).tolist()
-
-
-@torch.no_grad()
 def score_tokens(
     model: Any, sequences: Sequence[tuple[Sequence[int], Sequence[int]]], *, pad_id: int, temperature: float = 1.0,
     batch_size: int = 16,

@@ -8,8 +8,7 @@ import copy
 import math
 import signal
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 from unittest.mock import patch
@@ -20,7 +19,7 @@ from peft import PeftModel
 from peft.optimizers import create_loraplus_optimizer
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 from transformers import TrainerState
 from transformers.trainer_utils import EvalLoopOutput
 from trl.trainer.utils import disable_dropout_in_model
@@ -33,95 +32,10 @@ from alignkit.recipe.schema import TrainOptions
 from alignkit.runs.heartbeat import pulse
 from alignkit.train import ranks, shards
 from alignkit.train.checkpoint import Checkpointed, Watch
+from alignkit.train.samplers import EpochSampler, Rest, fill_up, go_on, grouped_order, shuffled_order
 from alignkit.train.tables import Stream
 
 _UNWRITTEN = 1000  # beside the numbers of signals
-MEGA_BATCHES = 50  # global batches whose rows are sorted together: enough to match lengths, few enough to stay random
-
-
-def shuffled_order(num_rows: int, *, seed: int, epoch: int) -> np.ndarray:
-    """A permutation of the row numbers, (num_rows,) int64; a resumed run sees the same one."""
-    return np.random.default_rng((seed, epoch)).permutation(num_rows)
-
-
-def grouped_order(lengths: Sequence[int] | np.ndarray, *, batch_size: int, seed: int, epoch: int) -> np.ndarray:
-    """A permutation in which the rows of one global batch are of like length.
-    Rows are shuffled, cut into stretches of MEGA_BATCHES batches, sorted by length inside a stretch, and the batches
-    are shuffled again; the incomplete batch stays last. Inside a batch the longest row comes first."""
-    rng = np.random.default_rng((seed, epoch))
-    lengths = np.asarray(lengths)
-    order = rng.permutation(len(lengths))
-    stretch = batch_size * MEGA_BATCHES
-    parts = [order[start : start + stretch] for start in range(0, len(order), stretch)]
-    order = np.concatenate([part[np.argsort(-lengths[part], kind="stable")] for part in parts])
-    num_whole = len(order) // batch_size
-    whole, rest = np.split(order, [num_whole * batch_size])
-    return np.concatenate([whole.reshape(num_whole, batch_size)[rng.permutation(num_whole)].reshape(-1), rest])
-
-
-def token_batches(lengths: Sequence[int] | np.ndarray, *, num_tokens: int, seed: int) -> list[np.ndarray]:
-    """Cut all rows into batches of like lengths, each as long as `num_tokens` allows when padded to its longest row."""
-    lengths = np.asarray(lengths)
-    order = np.random.default_rng(seed).permutation(len(lengths))
-    batches = []
-    for start in range(0, len(order), 1000):
-        rows = order[start : start + 1000]
-        rows = rows[np.argsort(-lengths[rows], kind="stable")]
-        while len(rows):
-            size = max(num_tokens // int(lengths[rows[0]]), 1)
-            batches.append(rows[:size])
-            rows = rows[size:]
-    return batches
-
-
-def fill_up(order: np.ndarray, *, batch_size: int) -> np.ndarray:
-    """Make whole batches of an order: the incomplete last one gets rows from the beginning of the epoch, as PyTorch's
-    DistributedSampler does. Every optimizer step then has the same rows on any number of devices."""
-    return np.resize(order, -(-len(order) // batch_size) * batch_size)
-
-
-@dataclass(frozen=True)
-class Rest:
-    """Where a run stands whose batch size was changed: after `step`, in `epoch`, with these rows of it left."""
-
-    step: int
-    epoch: int
-    rows: np.ndarray
-
-
-def go_on(batches: Sequence[Sequence[int]], whole: Callable[[int, int], np.ndarray], *, batch_size: int) -> Rest | None:
-    """The rows that are left of the epoch in which a run was stopped, None where its batch size never changed.
-    `batches` are (last step, rows of each) of the sittings so far; `whole(epoch, batch_size)` is the order of an epoch
-    that begins with batches of that size. One that goes on with another size deals out what is left, in order."""
-    if all(size == batch_size for _, size in batches):
-        return None
-    epoch, step = 0, 0
-    rows = whole(0, batches[0][1])
-    for last, size in batches:
-        while step < last:
-            taken = min(last - step, -(-len(rows) // size))  # as many as the epoch has
-            step, rows = step + taken, rows[taken * size :]
-            if not len(rows):
-                epoch, rows = epoch + 1, whole(epoch + 1, size)
-    if len(rows) == len(whole(epoch, batch_size)):  # an epoch that has not begun is dealt out anew
-        rows = whole(epoch, batch_size)
-    return Rest(step, epoch, rows)
-
-
-@dataclass
-class EpochSampler(Sampler[int]):
-    """Hand the order of the current epoch to a data loader.
-    The epoch is asked for when iteration starts, not counted here: a resumed run starts in the middle of one."""
-
-    num_rows: int
-    order: Callable[[int], np.ndarray]
-    epoch: Callable[[], int]
-
-    def __len__(self) -> int:
-        return self.num_rows
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.order(self.epoch()).tolist())
 
 
 class EvaluationCut(Exception):
