@@ -22,7 +22,6 @@ from alignkit.models.adapters import TRAINED
 from alignkit.models.frozen import score_ids
 from alignkit.models.generation import generate_answers, usual_length
 from alignkit.models.load import ROUNDS_TO
-from alignkit.models.logprobs import align
 from alignkit.models.parameters import compare_probes, take_probe
 from alignkit.recipe import Stage
 from alignkit.runs.files import read_json
@@ -157,6 +156,16 @@ def write_samples(setup: Setup, samples: JsonLines, *, step: int, when: str) -> 
         model.train(was_training)
     for number, extra in enumerate(fields if ranks.is_main() else ()):
         samples.append({"step": step, "when": when, "number": number, **extra})
+
+
+@torch.no_grad()
+def align(model: Any, source: Sequence[int], target: Sequence[int]) -> list[list[float]] | None:
+    """Weights of an encoder-decoder's last layer, target by source tokens, mean over heads; None without any."""
+    device = next(model.parameters()).device
+    source_1S, target_1T = (torch.tensor([list(ids)], device=device) for ids in (source, target))
+    output = model(input_ids=source_1S, labels=target_1T, use_cache=False, output_attentions=True)
+    weights = (output.cross_attentions or [None])[-1]
+    return None if weights is None else weights[0].float().mean(dim=0).tolist()
 
 
 def _answer(setup: Setup, rows: Sequence[Row]) -> list[dict[str, Any]]:

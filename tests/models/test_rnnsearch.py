@@ -13,9 +13,10 @@ from transformers import AutoModelForSeq2SeqLM
 
 from alignkit.models.chat import Chat, ConversationError
 from alignkit.models.generation import generate_answers
-from alignkit.models.logprobs import align, score_tokens
+from alignkit.models.logprobs import score_tokens
 from alignkit.models.rnnsearch import RnnSearchConfig, RnnSearchForConditionalGeneration
 from alignkit.models.start import learn_tokenizer, learnt_tokenizer
+from alignkit.train.recorder import align
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "bahdanau_step.json"
 SOURCES, TARGETS = [[5, 6, 7, 8, 1], [9, 4, 1]], [[6, 9, 1], [5, 1]]
