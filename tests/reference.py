@@ -13,34 +13,36 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from alignkit.data.formats import FORMATS, GROUPS
-from alignkit.recipe.schema import (
+from alignkit.recipe.methods import (
     CritiqueOptions,
-    DataSource,
     DpoOptions,
-    EvaluateOptions,
-    FeedbackModel,
     GenerationOptions,
     Helpful,
     LabelOptions,
-    LaunchOptions,
-    LoraOptions,
     MissingEos,
-    ModelOptions,
     Overlong,
     PpoOptions,
-    Price,
     Ptx,
-    RecipeOptions,
-    RewardSource,
     RlaifOptions,
     RmOptions,
-    SampleOptions,
     SftOptions,
-    SlurmOptions,
     StageOptions,
     TrainOptions,
     Truncate,
-)
+)  # fmt: skip
+from alignkit.recipe.schema import (
+    DataSource,
+    EvaluateOptions,
+    FeedbackModel,
+    LaunchOptions,
+    LoraOptions,
+    ModelOptions,
+    Price,
+    RecipeOptions,
+    RewardSource,
+    SampleOptions,
+    SlurmOptions,
+)  # fmt: skip
 
 REFERENCE = Path(__file__).resolve().parents[1] / "recipes/REFERENCE.md"
 BEGIN, END = "<!-- recipe reference: begin -->", "<!-- recipe reference: end -->"

@@ -22,7 +22,8 @@ from alignkit.data.rows import METHOD_KINDS, BadRow, Row, as_text, as_turns, dig
 from alignkit.data.sources import Located, locate, read_entries
 from alignkit.data.store import keep_parsed
 from alignkit.errors import DataError, Problem
-from alignkit.recipe.schema import TASKS, DataSource
+from alignkit.recipe.methods import TASKS
+from alignkit.recipe.schema import DataSource
 from alignkit.recipe.stage import Stage
 
 _2_64 = float(2**64)

@@ -8,7 +8,7 @@ from functools import lru_cache
 from hashlib import blake2b
 from typing import Any, Literal, NotRequired, TypedDict, get_args
 
-from alignkit.recipe.schema import TASKS
+from alignkit.recipe.methods import TASKS
 
 
 class BadRow(ValueError):

@@ -10,8 +10,9 @@ from alignkit import console
 from alignkit.console import redact
 from alignkit.errors import Problem, UsageError, suggest
 from alignkit.recipe import Recipe, resolve
+from alignkit.recipe.methods import FEEDBACK
 from alignkit.recipe.rules import evaluation_problems
-from alignkit.recipe.schema import EVALUATED, FEEDBACK, EvaluateOptions, FeedbackModel
+from alignkit.recipe.schema import EVALUATED, EvaluateOptions, FeedbackModel
 
 _NEEDED = {"judge": "against", "constitution": "against", "shots": "tasks"}  # options that only serve another one
 

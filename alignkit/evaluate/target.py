@@ -13,7 +13,8 @@ from alignkit.data import DataReport, Rejects, Row, read_rows, split_eval
 from alignkit.data.rows import Text, fingerprint_prompt, take_prompt
 from alignkit.errors import DataError, RunError
 from alignkit.models.files import find_model_dir, inspect_model_dir, is_builtin
-from alignkit.recipe.schema import DataSource, LaunchOptions, ModelOptions, StageOptions
+from alignkit.recipe.methods import StageOptions
+from alignkit.recipe.schema import DataSource, LaunchOptions, ModelOptions
 from alignkit.recipe.stage import Stage
 from alignkit.runs.directory import RunDir
 from alignkit.runs.files import read_json

@@ -21,7 +21,7 @@ from alignkit.feedback.cache import seed_of
 from alignkit.feedback.constitution import Principle, load_constitution, load_examples
 from alignkit.feedback.prompts import Quoter, Request, ask_critique, ask_revision, conversation
 from alignkit.feedback.writer import Job, Model, Reply, Sampling
-from alignkit.recipe.schema import CritiqueOptions
+from alignkit.recipe.methods import CritiqueOptions
 from alignkit.recipe.stage import Stage
 from alignkit.runs.directory import Result, RunDir, list_changes
 

@@ -15,7 +15,7 @@ from alignkit.launch.placement import Command, place
 from alignkit.launch.supervise import kill_all, list_marked
 from alignkit.preflight.requirements import require_ready
 from alignkit.recipe import Stage
-from alignkit.recipe.schema import FEEDBACK, ROOMS
+from alignkit.recipe.methods import FEEDBACK, ROOMS
 from alignkit.runs.directory import Result, RunDir, compare_fingerprints, open_run, set_aside
 from alignkit.runs.heartbeat import is_worker
 from alignkit.runs.record import began, record_warnings

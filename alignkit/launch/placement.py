@@ -13,7 +13,7 @@ from typing import Literal
 
 from alignkit.errors import Problem, RecipeError
 from alignkit.recipe import Stage
-from alignkit.recipe.schema import FEEDBACK
+from alignkit.recipe.methods import FEEDBACK
 from alignkit.recipe.stage import check_batch
 
 Device = Literal["cpu", "cuda", "mps", "npu", "xpu"]

@@ -19,7 +19,8 @@ from alignkit.launch import launch_stage
 from alignkit.launch.placement import Command, place
 from alignkit.preflight.requirements import list_needs, locate_rows, require_held_out, require_ready
 from alignkit.recipe import Recipe, Stage
-from alignkit.recipe.schema import FEEDBACK, ROOMS, EvaluateOptions
+from alignkit.recipe.methods import FEEDBACK, ROOMS
+from alignkit.recipe.schema import EvaluateOptions
 from alignkit.recipe.sections import ROWS
 from alignkit.recipe.trl_fields import method_fields
 from alignkit.runs import checkpoints

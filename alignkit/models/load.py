@@ -30,7 +30,7 @@ from alignkit.models.files import RECORD, find_model_dir, inspect_model_dir, is_
 from alignkit.models.heads import ScoreHead, double_heads, grow_vocabulary, prepare_head
 from alignkit.models.hub import explain_hub_errors, quiet_transformers
 from alignkit.models.start import choose_family, override_config, random_model
-from alignkit.recipe.schema import PpoOptions, SftOptions
+from alignkit.recipe.methods import PpoOptions, SftOptions
 from alignkit.recipe.stage import Stage
 
 # Kept out of quantization: a head that is read or trained directly. Embeddings are no linear layers.

@@ -38,7 +38,7 @@ from alignkit.models.files import (
 )
 from alignkit.models.hub import explain_hub_errors, fetch_adapter
 from alignkit.models.rnnsearch import RnnSearchConfig
-from alignkit.recipe.schema import OBJECTIVES
+from alignkit.recipe.methods import OBJECTIVES
 from alignkit.recipe.stage import Stage
 from alignkit.runs.directory import require_whole
 

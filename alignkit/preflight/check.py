@@ -20,7 +20,8 @@ from alignkit.models.files import find_model_dir, inspect_model_dir
 from alignkit.preflight import requirements
 from alignkit.preflight.doctor import Table, require_versions, try_quantization
 from alignkit.recipe import Recipe, Stage, resolve
-from alignkit.recipe.schema import FEEDBACK, CritiqueOptions, DataSource, LabelOptions, PpoOptions, TrainOptions
+from alignkit.recipe.methods import FEEDBACK, CritiqueOptions, LabelOptions, PpoOptions, TrainOptions
+from alignkit.recipe.schema import DataSource
 from alignkit.report.text import wilson
 from alignkit.rewards.kinds import describe_reward
 from alignkit.runs.directory import form_of, require_form

@@ -22,7 +22,8 @@ from alignkit.preflight.check import start_today
 from alignkit.preflight.doctor import Table
 from alignkit.preflight.requirements import list_feedback_models, locate_rows
 from alignkit.recipe import Recipe, Stage, resolve
-from alignkit.recipe.schema import FEEDBACK, LabelOptions, LoraOptions, PpoOptions, TrainOptions
+from alignkit.recipe.methods import FEEDBACK, LabelOptions, PpoOptions, TrainOptions
+from alignkit.recipe.schema import LoraOptions
 from alignkit.runs.directory import RunDir
 from alignkit.runs.record import memory_bytes
 from alignkit.train import memory

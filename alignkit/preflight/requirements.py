@@ -15,8 +15,9 @@ from alignkit.data.sources import Located, locate
 from alignkit.models.files import TEMPLATES, ModelFiles, find_model_dir, inspect_model_dir, require_available
 from alignkit.preflight.doctor import require_versions
 from alignkit.recipe import Recipe, Stage, resolve
+from alignkit.recipe.methods import FEEDBACK, CritiqueOptions, LabelOptions
 from alignkit.recipe.rules import find_optimizer
-from alignkit.recipe.schema import FEEDBACK, LEARNT_TOKENIZERS, CritiqueOptions, DataSource, FeedbackModel, LabelOptions
+from alignkit.recipe.schema import LEARNT_TOKENIZERS, DataSource, FeedbackModel
 from alignkit.runs.directory import RunDir, refuse_foreign
 
 # Files up to this size are read in half a second, before the libraries load in ten; larger ones are checked only when

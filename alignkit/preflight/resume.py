@@ -12,7 +12,7 @@ from typing import Any
 from alignkit.errors import ModelError, RecipeError, RunError
 from alignkit.models.files import find_model_dir
 from alignkit.recipe import Recipe, resolve
-from alignkit.recipe.schema import FEEDBACK, PpoOptions
+from alignkit.recipe.methods import FEEDBACK, PpoOptions
 from alignkit.runs.checkpoints import newest_step
 from alignkit.runs.directory import RunDir
 from alignkit.runs.files import describe_files, read_lines

@@ -12,7 +12,8 @@ from alignkit.data.rows import METHOD_KINDS, BadRow, Kind
 from alignkit.data.sources import locate, read_entries
 from alignkit.errors import DataError, RecipeError, UsageError, suggest
 from alignkit.recipe import load_recipe, recipe_schema
-from alignkit.recipe.schema import OPTIONS, RLAIF, DataSource
+from alignkit.recipe.methods import OPTIONS, RLAIF
+from alignkit.recipe.schema import DataSource
 from alignkit.recipe.yaml import SHIPPED, find_recipe, load_tree
 
 _METHODS = ("dpo", "sft", "rm", "ppo")  # in the order in which one is chosen for rows

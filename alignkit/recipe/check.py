@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from alignkit.errors import Problem, suggest
-from alignkit.recipe.schema import OPTIONS, RLAIF, LoraOptions, ModelOptions, RecipeOptions, RlaifOptions
+from alignkit.recipe.methods import OPTIONS, RLAIF, RlaifOptions
+from alignkit.recipe.schema import LoraOptions, ModelOptions, RecipeOptions
 from alignkit.recipe.trl_fields import BOUNDS, Fragment, make_type, method_fields
 from alignkit.recipe.words import TABLES, Word, controlled_fields, find_method, find_word
 from alignkit.recipe.yaml import Node, parse_yaml, read_scalar, shorten

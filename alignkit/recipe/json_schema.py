@@ -3,7 +3,8 @@
 import copy
 from typing import Any
 
-from alignkit.recipe.schema import OPTIONS, RLAIF, STEPS, RecipeOptions, RlaifOptions
+from alignkit.recipe.methods import OPTIONS, RLAIF, STEPS, RlaifOptions
+from alignkit.recipe.schema import RecipeOptions
 from alignkit.recipe.trl_fields import Fragment, method_fields
 
 

@@ -13,8 +13,9 @@ from pathlib import Path
 from alignkit.errors import Problem, RecipeError, suggest
 from alignkit.recipe import sections
 from alignkit.recipe.check import check_keys, describe_unknown_top, quote_help, show, show_key, validate
+from alignkit.recipe.methods import FEEDBACK, OPTIONS, RLAIF
 from alignkit.recipe.rules import audit_recipe, audit_stage
-from alignkit.recipe.schema import EVALUATED, FEEDBACK, OPTIONS, RLAIF, SWEEP, RecipeOptions
+from alignkit.recipe.schema import EVALUATED, SWEEP, RecipeOptions
 from alignkit.recipe.sections import Section, Whole
 from alignkit.recipe.stage import Recipe
 from alignkit.recipe.words import find_method

@@ -22,7 +22,7 @@ from ruamel.yaml.error import YAMLError
 from alignkit.errors import Problem, RecipeError
 from alignkit.recipe.check import accepted_keys
 from alignkit.recipe.load import find_problems
-from alignkit.recipe.schema import OPTIONS
+from alignkit.recipe.methods import OPTIONS
 from alignkit.recipe.words import Word, find_method, find_word
 from alignkit.recipe.yaml import Origin, label_path, names_secret, parse_yaml, read_scalar, shorten
 

@@ -12,7 +12,8 @@ from urllib.parse import urlsplit
 from alignkit.console import redact
 from alignkit.errors import Problem, suggest
 from alignkit.recipe.check import show_key
-from alignkit.recipe.schema import BUILTIN_CONSTITUTIONS, FEEDBACK, REWARD_KINDS, VERIFY_KEYS
+from alignkit.recipe.methods import FEEDBACK
+from alignkit.recipe.schema import BUILTIN_CONSTITUTIONS, REWARD_KINDS, VERIFY_KEYS
 from alignkit.recipe.sections import Finding, Section, UnreadableError
 from alignkit.recipe.trl_fields import ADAPTER_TYPES, KTO_LOSSES, OWN_LOSSES, adapter_fields, read_snapshot, trl_fields
 from alignkit.recipe.words import TABLES

@@ -1,23 +1,17 @@
-"""The recipe's own keys: names, types, ranges and the sentence an editor shows; TRL's are in `trl_fields`."""
+"""The recipe's own keys, names, types, ranges and the sentence an editor shows: those of the stages are in `methods`,
+TRL's in `trl_fields`."""
 
 import json
-import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, create_model, model_serializer
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model, model_serializer
 
 from alignkit.recipe.trl_fields import ADAPTER_TYPES, Text, adapter_fields, make_type
 from alignkit.recipe.words import TABLES
 
-Method = Literal["sft", "rm", "dpo", "ppo", "critique", "label"]
-FEEDBACK = ("critique", "label")  # these make rows; they train nothing
-RLAIF = "rlaif"  # one section that stands for several stages
-STEPS = ("critique", "sft", "label", "dpo", "rm", "ppo")
 SWEEP = "sweep"
 LEARNT_TOKENIZERS = ("builtin:words", "builtin:bpe")  # values of model.tokenizer that are learnt from training rows
-ROOMS = {"critique": "feedback", "label": "rewards"}  # where their code is; that of all others is in train
 _ROOMS = Path(__file__).parents[1]
 # A constitution is a file of this directory.
 BUILTIN_CONSTITUTIONS = tuple(
@@ -27,17 +21,6 @@ BUILTIN_CONSTITUTIONS = tuple(
 _rows = json.loads(_ROOMS.joinpath("data", "formats.json").read_text("utf-8"))["formats"]
 FORMATS = ("auto", *dict.fromkeys(row["name"] for row in _rows if row["name"] not in TABLES["objectives"]))
 BUILTIN_REWARD = "builtin:true-reward"  # the toy world's own sentiment, as a reward or as gold
-
-
-def _require_sign(value: str) -> str:
-    """Write a metric of held-out rows as +NAME (higher is better) or -NAME (lower)."""
-    name = value.strip("+- ").removeprefix("eval_")
-    better = {"-": r"loss|perplexity", "+": r"accurac|margin|true_reward|win_rate"}
-    signs = [value[0]] if value[:1] in better else [sign for sign in better if re.search(better[sign], name)]
-    if not name or len(signs) != 1:
-        raise PydanticCustomError("sign", "does not say what is better")
-    return signs[0] + name
-
 
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -57,7 +40,7 @@ def option(default: Any, description: str | None = None, **limits: Any) -> Any:
 # fmt: off
 
 
-class _Section(BaseModel):
+class Options(BaseModel):
     # Strict: 16.0 is no whole number, "10" and true are no numbers. Built when a value is first validated.
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, defer_build=True)
 
@@ -65,10 +48,10 @@ class _Section(BaseModel):
     def __pydantic_init_subclass__(cls, **_: Any) -> None:
         for name in cls.__annotations__.keys() & cls.model_fields.keys():
             field = cls.model_fields[name]
-            field.description = field.description or _HELP.get(f"{cls.__name__.strip('_')}.{name}")
+            field.description = field.description or _HELP.get(f"{cls.__name__}.{name}")
 
 
-class ModelOptions(_Section):
+class ModelOptions(Options):
     path: Text = option(...)
     revision: Text | None = option(None, "Commit or tag of a hub id; a hub id is pinned by it.")
     init: Literal["pretrained", "scratch"] = option("pretrained")
@@ -89,7 +72,7 @@ class ModelOptions(_Section):
     chat_template_kwargs: dict[str, Any] | None = option(None)
 
 
-class _LoraOptions(_Section):
+class LoraOptions(Options):
     adapter_type: Literal[ADAPTER_TYPES] = option("lora")  # type: ignore[valid-type]
     r: int = option(lambda given: {"vera": 256, "oft": 0}.get(given["adapter_type"], 16), ge=1, le=4096)
     alpha: Positive = option(
@@ -109,17 +92,15 @@ class _LoraOptions(_Section):
         return {key: value for key, value in write(self).items() if value is not None}
 
 
-if TYPE_CHECKING:
-    LoraOptions = _LoraOptions
-else:  # and what PEFT's config classes have beside
-    LoraOptions = create_model("LoraOptions", __base__=_LoraOptions, **{
+if not TYPE_CHECKING:  # and what PEFT's config classes have beside
+    LoraOptions = create_model("LoraOptions", __base__=LoraOptions, **{
         key: (make_type(field) | None, option(None, f"{kind}: {field['description']}"))
         for kind in reversed(ADAPTER_TYPES) for key, (_, field) in adapter_fields(kind).items()
-        if kind != "dora" and key not in _LoraOptions.model_fields
+        if kind != "dora" and key not in LoraOptions.model_fields
     })
 
 
-class SlurmOptions(_Section):
+class SlurmOptions(Options):
     partition: _Word | None = option(None, "Queue, as sinfo lists them; omitted: the cluster's default.")
     account: _Word | None = option(None, "Account that is charged.")
     qos: _Word | None = option(None, "Quality of service.")
@@ -133,7 +114,7 @@ class SlurmOptions(_Section):
     options: dict[str, _Word] = option(dict)
 
 
-class LaunchOptions(_Section):
+class LaunchOptions(Options):
     device: Literal["auto", "cpu", "cuda", "mps", "npu", "xpu"] = option("auto")
     processes: Count | Literal["auto"] = option(1)
     nodes: Count = option(1, "Machines; the same command is started on each of them, or --slurm starts it.")
@@ -148,7 +129,7 @@ class LaunchOptions(_Section):
     slurm: SlurmOptions | None = option(None, "What --slurm asks the cluster for.")
 
 
-class DataSource(_Section):
+class DataSource(Options):
     path: Text = option(..., "A file, a pattern such as data/*.jsonl, a directory, a hub id, or builtin:NAME.")
     target: Text | None = option(None)
     name: Text | None = option(None, "Configuration name of a hub data set.")
@@ -181,12 +162,12 @@ TextList = Annotated[list[Text], Field(min_length=1), BeforeValidator(
     lambda value: value if isinstance(value, list) else [value], json_schema_input_type=Texts)]
 
 
-class Price(_Section):
+class Price(Options):
     input: Annotated[float, Field(ge=0)] = option(..., "Of a million tokens sent, in any currency.")
     output: Annotated[float, Field(ge=0)] = option(..., "Of a million tokens received.")
 
 
-class FeedbackModel(_Section):
+class FeedbackModel(Options):
     """What answers, criticises or judges; exactly one of `model`, `url` and `replay` is given."""
 
     model: Text | None = option(None)
@@ -221,20 +202,20 @@ class TeacherOptions(FeedbackModel):
 
 
 Teacher = Annotated[TeacherOptions, _short_for("model", TeacherOptions)]
-_Greedy = Annotated[float, Field(ge=0, description="Of sampled texts; 0 takes the likeliest token each time.")]
-_TopP = Annotated[float, Field(gt=0, le=1, description="Samples from the likeliest tokens with this share; 1: all.")]
-_TopK = Annotated[int, Field(ge=0, description="Samples from so many of the likeliest tokens; 0: all.")]
+Temperature = Annotated[float, Field(ge=0, description="Of sampled texts; 0 takes the likeliest token each time.")]
+TopP = Annotated[float, Field(gt=0, le=1, description="Samples from the likeliest tokens with this share; 1: all.")]
+TopK = Annotated[int, Field(ge=0, description="Samples from so many of the likeliest tokens; 0: all.")]
 
 
-class SampleOptions(_Section):
+class SampleOptions(Options):
     num: int = option(4, "Prompts answered; 0 switches samples off.", ge=0, le=256)
     max_new_tokens: Count | None = option(None)
-    temperature: _Greedy = 0.0
-    top_p: _TopP = 1.0
-    top_k: _TopK = 0
+    temperature: Temperature = 0.0
+    top_p: TopP = 1.0
+    top_k: TopK = 0
 
 
-class RewardSource(_Section):
+class RewardSource(Options):
     """One reward, or one part of a weighted sum; exactly one of `model`, `function`, `judge`, `verify` is given."""
 
     model: Text | None = option(None)
@@ -261,231 +242,7 @@ VERIFY_KEYS = ("column", "extract", "timeout")
 Rewards = Annotated[list[RewardSource], Field(min_length=1), _short_for("model", RewardSource, several=True)]
 
 
-class MissingEos(_Section):
-    """What an answer without an end gets; exactly one of the two."""
-
-    penalty: Positive | None = option(None, "Subtracted from its reward.")
-    score: float | None = option(None, "Replaces its reward.")
-
-
-class Truncate(_Section):
-    token: Text = option(..., "The text whose token ends an answer for the reward, such as a full stop.")
-    after: int = option(16, "Tokens of an answer before the first one that can end it (Ziegler 2019: 16).", ge=0)
-
-
-class Overlong(_Section):
-    """Answers that come near max_new_tokens or are cut off there (DAPO, arXiv 2503.14476, section 3.4)."""
-
-    buffer: Positive | None = option(None)
-    penalty: Positive = option(1.0, "What an answer of max_new_tokens loses with `buffer`.")
-    filter: bool = option(False, "Learn nothing from answers that were cut off.")
-
-
-class Ptx(_Section):
-    data: Sources = option(..., "Raw text of the pre-training distribution.")
-    coef: Positive = option(..., "Weight of its loss beside PPO's (InstructGPT eq. 2: gamma, 27.8).")
-    batch_size: Count | None = option(None, "Blocks of text per optimizer step; omitted: batch_size.")
-
-
-class GenerationOptions(_Section):
-    engine: Literal["transformers", "continuous", "vllm"] = option("transformers", "What samples the answers.")
-    batch_size: int = option(64, ge=1)
-    mode: Literal["colocate", "server"] = option("colocate")
-    url: Text | None = option(None, "Address of the vLLM server, such as http://127.0.0.1:8000.")
-    gpu_memory_utilization: float = option(0.3, "Share of a device's memory for a colocated vLLM.", gt=0, lt=1)
-    importance_cap: Positive | None = option(2.0)
-
-
-class StageOptions(_Section):
-    """Keys that every method shares."""
-
-    method: Method = option(...)
-    start_from: Text | None = option(None)
-    data: Sources = option(...)
-    on_bad_row: Literal["error", "skip"] = option("error")
-    dedupe: bool = option(False, "Leave out rows that repeat an earlier row exactly.")
-    chat: Literal["auto"] | bool = option("auto", "For all sources that do not say it: turns or text.")
-
-
-class TrainOptions(StageOptions):
-    """Keys that every method that trains shares."""
-
-    eval: Share | Sources | None = option(None)
-    special_tokens_in_text: Literal["error", "keep", "escape"] = option("error")
-    max_truncated: float = option(0.2, ge=0, le=1)
-    batch_size: Count = option(16, "Rows per optimizer step over all devices (rm: prompts).")
-    micro_batch_size: Count | Literal["auto"] = option("auto")
-    batching: Literal["shuffled", "grouped"] = option("grouped")
-    adapter: Literal["continue", "merge", "stack"] | None = option(None)
-    keep_checkpoints: Count = option(2, "Sealed checkpoints kept, newest first.")
-    keep_best: Annotated[str, AfterValidator(_require_sign)] | None = option(None)
-    patience: Count | None = option(None, "Stops after so many evaluations in a row without a better keep_best.")
-    eval_share: Positive | None = option(0.2)
-    evaluate_every: Count | None = option(None)
-    push_to: Text | None = option(None)
-    push_every: Count | None = option(None, "Pushes the model of the first checkpoint after so many steps, too.")
-    samples: SampleOptions = option(SampleOptions, "Prompts answered before, during, after.")
-
-
-class Objective(NamedTuple):
-    """What an sft stage learns: by which kind of model, and from what."""
-
-    model: Literal["causal", "seq2seq", "classifier"]
-    learns: str
-
-
-OBJECTIVES = {name: Objective(*values) for name, values in TABLES["objectives"].items()}
-TASKS = tuple(name for name, objective in OBJECTIVES.items() if objective.model == "classifier")
-# What a paper calls its method, as values of the keys of a ppo stage; what the stage says itself goes before it.
-_presets = json.loads(_ROOMS.joinpath("recipe", "presets.json").read_text("utf-8"))
-PRESETS: dict[str, dict[str, Any]] = {name: preset["values"] for name, preset in _presets.items()}
-# A metric is a file of this directory; nothing is imported to know its name.
-METRICS = tuple(path.stem for path in sorted(_ROOMS.joinpath("evaluate", "metrics").glob("[a-z]*.py")))
-
-
-class SftOptions(TrainOptions):
-    method: Literal["sft"] = "sft"
-    objective: Literal[tuple(OBJECTIVES)] = option(  # type: ignore[valid-type]
-        "chat", "; ".join(f"{name}: {objective.learns}" for name, objective in OBJECTIVES.items()) + ".")
-    teacher: Teacher | None = option(None, "Whom objective: distill learns from: a stage, a model or {url: ...}.")
-    lm_coef: float = option(0.5, ge=0)
-    labels: Annotated[list[Text], Field(min_length=2)] | None = option(None)
-    streaming: bool = option(False)
-    batch_tokens: Count | None = option(None)
-
-
-class RmOptions(TrainOptions):
-    method: Literal["rm"] = "rm"
-    loss: Literal["pairwise", "best_of"] = option("pairwise")
-    grouping: Literal["kway", "pairs"] = option("kway")
-    normalize: Literal["none", "bias", "gain_and_bias"] = option("none")
-    normalize_data: Sources | None = option(None)
-    normalize_rows: int = option(256, "Reference rows used by normalize.", ge=2)
-
-
-class DpoOptions(TrainOptions):
-    method: Literal["dpo"] = "dpo"
-
-
-class PpoOptions(TrainOptions):
-    method: Literal["ppo"] = "ppo"
-    preset: Literal[tuple(PRESETS)] | None = option(None)  # type: ignore[valid-type]
-    reward: Rewards = option(...)
-    gold: Rewards | None = option(None)
-    reward_timeout: Positive = option(60.0, "Seconds that one call of a reward function may take.")
-    reward_normalize: Literal["none", "bias", "gain_and_bias"] = option("none")
-    reward_normalize_rows: int = option(256, "Answers used by reward_normalize.", ge=2)
-    reward_clip: Positive | None = option(None)
-    missing_eos: MissingEos | None = option(None)
-    overlong: Overlong | None = option(None)
-    stop: TextList | None = option(None)
-    truncate: Truncate | None = option(None)
-    kl_coef: float = option(0.05, ge=0)
-    kl_in: Literal["reward", "loss"] = option("reward")
-    kl_target: Positive | None = option(None)
-    kl_horizon: Count = option(10_000, "Episodes over which kl_coef adapts; smaller is faster.")
-    max_kl: Positive | None = option(None)
-    advantage: Literal["gae", "rloo", "grpo", "reinforce"] = option("gae")
-    num_generations: int | None = option(None, "Answers per prompt for rloo and grpo; omitted: 4.", ge=2)
-    scale_rewards: Literal["group", "batch", "none"] = option("group")
-    dynamic_sampling: Count | None = option(None)
-    gamma: float = option(1.0, "Discount of gae, per token.", gt=0, le=1)
-    lam: float = option(0.95, "Lambda of gae: 1 trusts returns, 0 the critic.", ge=0, le=1)
-    cliprange: Positive = option(0.2, "Clip of the policy's probability ratio.")
-    cliprange_high: Positive | None = option(None)
-    importance: Literal["token", "sequence"] = option("token")
-    loss_normalization: Literal["token", "sequence", "constant"] = option("token")
-    cliprange_value: Positive = option(0.2, "Clip of the critic's change in value.")
-    vf_coef: Positive = option(0.1, "Factor of the critic's loss.")
-    ppo_epochs: Count = option(4, "Passes over the answers of a rollout.")
-    minibatches: Count = option(1, "Optimizer steps per pass: a rollout is batch_size x minibatches answers.")
-    whiten_rewards: bool = option(False, "Scale the per-token rewards of a rollout to variance 1.")
-    whiten_advantages: bool = option(True, "Scale the advantages of a rollout to mean 0 and variance 1.")
-    value_init: Literal["reward", "policy", "head"] | None = option(None)
-    critic_learning_rate: Positive | None = option(None, "Learning rate of the critic; omitted: learning_rate.")
-    temperature: Positive = option(1.0, "Of the policy: in sampling and in its log-probabilities.")
-    top_p: float = option(1.0, gt=0, le=1)
-    top_k: int = option(0, "Samples from so many of the likeliest tokens, as top_p; 0 from all.", ge=0)
-    max_new_tokens: Count = option(64, "Longest answer, in tokens.")
-    min_new_tokens: Count | None = option(None, "Shortest answer, in tokens: no end before.")
-    total_episodes: Count | None = option(None)
-    ema: float | None = option(None, gt=0, lt=1)
-    ptx: Ptx | None = option(None, "Mixes the pre-training gradient in (PPO-ptx): {data, coef, batch_size}.")
-    generation: GenerationOptions = option(GenerationOptions, "Where answers are sampled.")
-
-    @property
-    def answers_per_prompt(self) -> int:
-        """How many answers of a rollout belong to one prompt."""
-        return (self.num_generations or 4) if self.advantage in ("rloo", "grpo") else 1
-
-    @property
-    def critic_start(self) -> Literal["reward", "policy", "head"]:
-        """What the critic starts from: as given, else the reward where that is one model with weights."""
-        (first, *others) = self.reward
-        one_model = not others and first.model is not None and first.model != BUILTIN_REWARD
-        return self.value_init or ("reward" if one_model else "policy")
-
-
-_CONSTITUTION = "Principles: YAML or JSON files, builtin:harmlessness or builtin:helpfulness; several are joined."
-_EXAMPLES = "Worked examples put before every request: builtin, none, or files of them."
-
-
-class Helpful(_Section):
-    data: Sources = option(..., "Prompts, answered as they are, that keep the model helpful.")
-    samples: int = option(2, "Answers to each prompt (the paper: 2).", ge=1, le=64)
-
-
-class FeedbackOptions(StageOptions):
-    """Keys that the methods share that make rows."""
-
-    constitution: Texts | None = option(None, _CONSTITUTION)
-    temperature: _Greedy = 1.0
-    top_p: _TopP = 1.0
-    top_k: _TopK = 0
-    max_new_tokens: Count = option(256, "Longest sampled text, in tokens.")
-    batch_size: Count = option(16, "Texts that a model on this machine reads or writes at a time.")
-
-
-class CritiqueOptions(FeedbackOptions):
-    """Answers, criticised and revised by a constitution: the rows of SL-CAI (arXiv 2212.08073, section 3)."""
-
-    method: Literal["critique"] = "critique"
-    data: Sources = option([], "Prompts that tempt the model to answer badly.")
-    generator: Feedback | None = option(None, "What answers, criticises and revises; omitted: the model of start_from.")
-    rounds: int = option(4, ge=1, le=32)
-    critiques: bool = option(True, "Ask for a critique before each revision.")
-    examples: Texts = option("builtin", _EXAMPLES)
-    helpful: Helpful | None = option(None, "Answers to other prompts, added unrevised: {data, samples}.")
-    replay: TextList | None = option(None, "Files of published critiques and revisions to take instead of making any.")
-
-
-class LabelOptions(FeedbackOptions):
-    """Comparisons labelled by a judge: the preferences of RL-CAI (arXiv 2212.08073, section 4.1); or by a reward."""
-
-    method: Literal["label"] = "label"
-    judge: Feedback | None = option(None, "What compares the answers: a model, {url: ...}, or {replay: FILE}.")
-    reward: Rewards | None = option(None)
-    generator: Feedback | None = option(None, "What answers the prompts; omitted: the model of start_from.")
-    answers: Annotated[int, Field(ge=2, le=64)] | Literal["given"] = option(2)
-    best_of: bool = option(False)
-    orders: Literal["both", "one"] = option("both")
-    cot: bool = option(False, "Let the judge think step by step before it answers.")
-    cot_tokens: Count = option(256, "Longest chain of thought, in tokens.")
-    clamp: Annotated[list[Annotated[float, Field(ge=0, le=1)]], Field(min_length=2, max_length=2)] | None = option(None)
-    examples: Texts = option("none", _EXAMPLES)
-    hard: bool = option(False, "Round labels to 0 or 1; the paper found soft ones much better.")
-    mix: Sources | None = option(None, "Comparisons made by people, added as they are.")
-    check: Sources | None = option(None)
-    on_weak_judge: Literal["warn", "stop"] = option("warn")
-
-    @property
-    def bounds(self) -> tuple[float, float]:
-        """The lowest and the highest label."""
-        low, high = self.clamp or ((0.4, 0.6) if self.cot else (0.0, 1.0))
-        return low, high
-
-
-class RoundOptions(_Section):
+class RoundOptions(Options):
     """A chain of label and training stages that is repeated, each time on answers of the newest policy."""
 
     num: int = option(..., "Rounds in all; the stages of later ones are named NAME-2, NAME-3, ...", ge=2, le=99)
@@ -497,32 +254,11 @@ class ChainOptions(RoundOptions):
     stages: Annotated[list[Text], Field(min_length=2)] = option(...)
 
 
-class RlaifOptions(_Section):
-    """Reinforcement learning from AI feedback: one section that stands for several stages."""
-
-    method: Literal["rlaif"] = "rlaif"
-    start_from: Text | None = option(None)
-    constitution: Texts = option(..., _CONSTITUTION)
-    data: Sources = option(..., "Prompts, here or as the recipe's own `data:`.")
-    generator: Feedback | None = option(None)
-    judge: Feedback | None = option(None, "What compares or scores the answers: a stage, a model or {url: ...}.")
-    critique: bool | dict[str, Any] = option(True, "Keys of a critique stage; false leaves out critique and sft.")
-    sft: dict[str, Any] = option(dict, "Keys of the sft stage on the revisions; it starts from start_from.")
-    label: dict[str, Any] = option(dict, "Keys of a label stage.")
-    train: Literal["dpo", "rm+ppo", "ppo", "none"] = option("dpo")
-    rounds: Annotated[RoundOptions, BeforeValidator(
-        lambda value: {"num": value} if isinstance(value, int) else value, json_schema_input_type=Count | RoundOptions)
-    ] | None = option(None)
-    dpo: dict[str, Any] = option(dict, "Keys of the dpo stage.")
-    rm: dict[str, Any] = option(dict, "Keys of the rm stage.")
-    ppo: dict[str, Any] = option(dict, "Keys of the ppo stage.")
+# A metric is a file of this directory; nothing is imported to know its name.
+METRICS = tuple(path.stem for path in sorted(_ROOMS.joinpath("evaluate", "metrics").glob("[a-z]*.py")))
 
 
-OPTIONS: dict[str, type[StageOptions]] = {"sft": SftOptions, "rm": RmOptions, "dpo": DpoOptions, "ppo": PpoOptions,
-                                          "critique": CritiqueOptions, "label": LabelOptions}
-
-
-class FrontierOptions(_Section):
+class FrontierOptions(Options):
     """The most reward at a KL, from answers of the model that others start from; measured on that model alone."""
 
     betas: Annotated[list[Positive], Field(min_length=1)] = option(lambda: [1.0, 0.5, 0.2, 0.1, 0.05])
@@ -533,11 +269,11 @@ class FrontierOptions(_Section):
 EVALUATED = ("reference", "reward", "against", "judge")  # keys of evaluate: that may name a stage
 
 
-class EvaluationSampler(_Section):
+class EvaluationSampler(Options):
     engine: Literal["transformers", "continuous"] = option("transformers", "What samples the answers.")
 
 
-class EvaluateOptions(_Section):
+class EvaluateOptions(Options):
     """What `alignkit eval` measures; every name of a model may be a stage of the recipe."""
 
     data: Sources | None = option(None)
@@ -554,9 +290,9 @@ class EvaluateOptions(_Section):
     tasks: list[Text] = option(list, "Few-shot tasks: JSONL of {context, completion}, or lm_eval:TASK.")
     shots: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = option(lambda: [0])
     samples: Count = option(1, "Answers sampled per prompt for kl and answers.")
-    temperature: _Greedy = 1.0
-    top_p: _TopP = 1.0
-    top_k: _TopK = 0
+    temperature: Temperature = 1.0
+    top_p: TopP = 1.0
+    top_k: TopK = 0
     num_beams: Count = option(1, "Beams of the search for the answers that overlap compares; 1 is greedy.")
     max_new_tokens: Count | None = option(None)
     generation: EvaluationSampler = option(EvaluationSampler, "Where answers are sampled.")
@@ -564,7 +300,7 @@ class EvaluateOptions(_Section):
     resamples: int = option(1000, "Bootstrap resamples behind an interval.", ge=100)
 
 
-class RecipeOptions(_Section):
+class RecipeOptions(Options):
     """The top level of a recipe; every other key is the name of a stage."""
 
     name: str | None = option(None, pattern="^[A-Za-z0-9_][A-Za-z0-9._-]*$")

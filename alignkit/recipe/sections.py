@@ -13,7 +13,8 @@ from typing import Any, Literal
 
 from alignkit.errors import Problem, suggest
 from alignkit.recipe.check import check_keys, quote_help, show
-from alignkit.recipe.schema import BUILTIN_REWARD, FEEDBACK, PRESETS, RLAIF, STEPS, TASKS, RlaifOptions
+from alignkit.recipe.methods import FEEDBACK, PRESETS, RLAIF, STEPS, TASKS, RlaifOptions
+from alignkit.recipe.schema import BUILTIN_REWARD
 from alignkit.recipe.words import TABLES
 from alignkit.recipe.yaml import Node, expand, merge
 

@@ -13,7 +13,8 @@ from pydantic import BaseModel, ValidationError
 
 from alignkit.errors import Problem, RecipeError, suggest
 from alignkit.recipe import schema
-from alignkit.recipe.schema import FEEDBACK, TASKS, DataSource, FeedbackModel, RewardSource, StageOptions, TrainOptions
+from alignkit.recipe.methods import FEEDBACK, OPTIONS, TASKS, Method, StageOptions, TrainOptions
+from alignkit.recipe.schema import DataSource, FeedbackModel, RewardSource
 from alignkit.recipe.sections import ROWS, RUNS, Section, find_origins
 from alignkit.recipe.trl_fields import KTO_LOSSES, method_fields
 from alignkit.recipe.words import TABLES
@@ -90,7 +91,7 @@ class Stage:
     evaluate: schema.EvaluateOptions | None = None  # what `evaluate_every` measures
 
     @property
-    def method(self) -> schema.Method:
+    def method(self) -> Method:
         return self.options.method
 
     @property
@@ -167,7 +168,7 @@ class Stage:
 
 def complete_fingerprint(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
     """Add the keys that a fingerprint of an older alignkit lacks, with their defaults: they change nothing."""
-    options = schema.OPTIONS.get(str(now.get("method")), TrainOptions)
+    options = OPTIONS.get(str(now.get("method")), TrainOptions)
     stage = next((key.removesuffix("method") for key in now if key.endswith(".method")), None)
     if stage is None:  # rows that were made: their keys have no prefix
         fields = {key: field.default for key, field in options.model_fields.items() if not field.is_required()}
@@ -206,7 +207,7 @@ _LISTED = 8  # runs of a swept stage that a message names
 
 
 def resolve(
-    recipe: Recipe, stage: str | None = None, *, method: schema.Method | None = None, out: Path | None = None,
+    recipe: Recipe, stage: str | None = None, *, method: Method | None = None, out: Path | None = None,
     trust_code: bool = False,
 ) -> Stage:  # fmt: skip
     """Resolve a stage by name, or the only one of a method (else RecipeError); `out` replaces its run directory."""
@@ -312,7 +313,7 @@ def find_section(recipe: Recipe, name: str, *, said: str | None = None) -> Secti
     return recipe.stages[name]
 
 
-def _pick(recipe: Recipe, stage: str | None, method: schema.Method | None) -> Section:
+def _pick(recipe: Recipe, stage: str | None, method: Method | None) -> Section:
     if stage is not None:
         return _require_method(recipe, find_section(recipe, stage), (method,) if method else ())
     fitting = [section for section in recipe.stages.values() if method in (None, section.options.method)]

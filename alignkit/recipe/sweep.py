@@ -13,7 +13,8 @@ from typing import Any
 
 from alignkit.errors import Problem, RecipeError, suggest
 from alignkit.recipe.check import accepted_keys, describe_unknown, describe_unknown_in_stage, show, show_key
-from alignkit.recipe.schema import FEEDBACK, RLAIF, STEPS, SWEEP, LoraOptions, ModelOptions
+from alignkit.recipe.methods import FEEDBACK, RLAIF, STEPS
+from alignkit.recipe.schema import SWEEP, LoraOptions, ModelOptions
 from alignkit.recipe.sections import Section, Whole, find_needs, list_steps
 from alignkit.recipe.stage import HARMLESS
 from alignkit.recipe.words import TABLES

@@ -9,7 +9,7 @@ from urllib.parse import quote
 
 from alignkit.console import redact
 from alignkit.errors import RunError
-from alignkit.recipe.schema import TASKS
+from alignkit.recipe.methods import TASKS
 from alignkit.report.text import DASH, WORDS, count, duration, figure, share, short_count, short_name, window
 from alignkit.runs.directory import RunDir
 from alignkit.runs.files import describe_bytes, read_json, read_lines, read_record

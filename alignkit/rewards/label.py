@@ -20,7 +20,8 @@ from alignkit.feedback.cache import Store, key_of
 from alignkit.feedback.constitution import load_constitution, load_examples
 from alignkit.feedback.prompts import Quoter, conversation, read_text
 from alignkit.feedback.writer import Model, Sampling, share_of_first
-from alignkit.recipe.schema import DataSource, LabelOptions
+from alignkit.recipe.methods import LabelOptions
+from alignkit.recipe.schema import DataSource
 from alignkit.recipe.stage import Stage
 from alignkit.rewards.base import Answers, Reward, join_columns, stage_space
 from alignkit.rewards.kinds import fingerprint_rewards, open_reward

@@ -13,7 +13,7 @@ from typing import IO, Any
 
 from alignkit import console
 from alignkit.errors import DataError, RunError
-from alignkit.recipe.schema import PpoOptions
+from alignkit.recipe.methods import PpoOptions
 from alignkit.recipe.stage import Stage, complete_fingerprint
 from alignkit.recipe.trl_fields import method_fields
 from alignkit.runs import checkpoints, files

@@ -24,7 +24,7 @@ from transformers import Trainer, TrainerState, set_seed
 from alignkit.errors import DiskError, NonFiniteError, RunError
 from alignkit.models.adapters import TRAINED
 from alignkit.models.files import read_shapes
-from alignkit.recipe.schema import TrainOptions
+from alignkit.recipe.methods import TrainOptions
 from alignkit.runs import checkpoints
 from alignkit.runs.files import describe_bytes, disk_failures, free_bytes, write_json
 from alignkit.runs.heartbeat import pulse

@@ -17,7 +17,7 @@ from alignkit.models.adapters import START
 from alignkit.models.frozen import load_causal, load_tokenizer_of
 from alignkit.models.start import is_same_model
 from alignkit.recipe import Stage
-from alignkit.recipe.schema import SftOptions
+from alignkit.recipe.methods import SftOptions
 
 _TILE = 512  # tokens whose probabilities are held at a time
 

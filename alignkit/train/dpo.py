@@ -14,7 +14,7 @@ from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 from alignkit.errors import RecipeError
 from alignkit.models.adapters import REFERENCE, START, TRAINED, activate, copy_adapter
 from alignkit.recipe import Stage
-from alignkit.recipe.schema import DpoOptions
+from alignkit.recipe.methods import DpoOptions
 from alignkit.recipe.trl_fields import OWN_LOSSES
 from alignkit.runs.directory import RunDir
 from alignkit.train import ranks

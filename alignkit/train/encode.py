@@ -27,7 +27,7 @@ from alignkit.models.chat import Chat, ConversationError, Encoded, Written
 from alignkit.models.heads import arrange, write_task
 from alignkit.models.start import context_length
 from alignkit.recipe import Stage
-from alignkit.recipe.schema import TASKS, PpoOptions, RmOptions, SftOptions
+from alignkit.recipe.methods import TASKS, PpoOptions, RmOptions, SftOptions
 from alignkit.train.losses import is_logistic
 
 IGNORED = -100

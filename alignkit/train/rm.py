@@ -18,7 +18,7 @@ from alignkit.models.frozen import score_ids
 from alignkit.models.heads import pad_groups
 from alignkit.models.load import load_reward_model
 from alignkit.recipe import Stage
-from alignkit.recipe.schema import RmOptions, SftOptions
+from alignkit.recipe.methods import RmOptions, SftOptions
 from alignkit.runs.directory import RunDir
 from alignkit.runs.files import write_json
 from alignkit.train import ranks

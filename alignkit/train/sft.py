@@ -18,7 +18,7 @@ from alignkit.models.generation import generate_answers
 from alignkit.models.heads import encode_tasks, predict, row_logits, task_losses
 from alignkit.models.load import load_policy
 from alignkit.recipe import Stage
-from alignkit.recipe.schema import SftOptions
+from alignkit.recipe.methods import SftOptions
 from alignkit.runs.directory import RunDir
 from alignkit.train.distill import Teacher
 from alignkit.train.encode import IGNORED, longest_sequence, name_label

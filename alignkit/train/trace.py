@@ -38,7 +38,7 @@ from alignkit.models import adapters, kernels, start
 from alignkit.models.load import ROUNDS_TO, UNQUANTIZED, freeze, number_types, rounded_layers
 from alignkit.models.logprobs import run_trunk, token_logps
 from alignkit.recipe import Stage
-from alignkit.recipe.schema import TrainOptions
+from alignkit.recipe.methods import TrainOptions
 from alignkit.recipe.trl_fields import method_fields
 from alignkit.runs.files import write_json
 from alignkit.train.trainer import switch_off_dropout

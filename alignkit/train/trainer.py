@@ -28,7 +28,7 @@ from alignkit import console
 from alignkit.errors import NonFiniteError, RecipeError
 from alignkit.models import kernels
 from alignkit.models.adapters import TRAINED
-from alignkit.recipe.schema import TrainOptions
+from alignkit.recipe.methods import TrainOptions
 from alignkit.runs.heartbeat import pulse
 from alignkit.train import ranks, shards
 from alignkit.train.checkpoint import Checkpointed, Watch

@@ -12,7 +12,8 @@ import pytest
 
 from alignkit.data import DataReport, Rejects, Row, read_rows
 from alignkit.errors import DataError
-from alignkit.recipe.schema import OPTIONS, DataSource, LaunchOptions, ModelOptions
+from alignkit.recipe.methods import OPTIONS
+from alignkit.recipe.schema import DataSource, LaunchOptions, ModelOptions
 from alignkit.recipe.stage import Stage
 
 

@@ -13,7 +13,8 @@ import pytest
 from alignkit.data.audit import PUBLISHED, RowAudit, audit_rows, compare_settings
 from alignkit.data.rows import Row
 from alignkit.recipe import load_recipe, resolve
-from alignkit.recipe.schema import FEEDBACK, DataSource
+from alignkit.recipe.methods import FEEDBACK
+from alignkit.recipe.schema import DataSource
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 Lines = Callable[..., object]

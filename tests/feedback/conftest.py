@@ -17,7 +17,8 @@ sys.path.insert(0, str(Path(__file__).parent))  # the tests here share a server 
 import torch
 
 from alignkit.models.start import builtin_config, builtin_tokenizer, random_model
-from alignkit.recipe.schema import OPTIONS, LaunchOptions, ModelOptions
+from alignkit.recipe.methods import OPTIONS
+from alignkit.recipe.schema import LaunchOptions, ModelOptions
 from alignkit.recipe.stage import Stage
 
 CHATML = Path(__file__).resolve().parents[2] / "alignkit/models/templates/chatml.jinja"

@@ -265,7 +265,8 @@ import json, sys
 from pathlib import Path
 from alignkit.errors import AlignKitError
 from alignkit.rewards import label
-from alignkit.recipe.schema import OPTIONS, LaunchOptions, ModelOptions
+from alignkit.recipe.methods import OPTIONS
+from alignkit.recipe.schema import LaunchOptions, ModelOptions
 from alignkit.recipe.stage import Stage
 
 options, run_dir = json.loads(sys.argv[1]), sys.argv[2]

@@ -11,7 +11,8 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from alignkit.recipe.schema import OPTIONS, DataSource, LaunchOptions, LoraOptions, ModelOptions
+from alignkit.recipe.methods import OPTIONS
+from alignkit.recipe.schema import DataSource, LaunchOptions, LoraOptions, ModelOptions
 from alignkit.recipe.stage import Stage
 
 

@@ -12,9 +12,9 @@ from ruamel.yaml import YAML
 
 from alignkit.errors import UsageError
 from alignkit.preflight.starter import install_schema
-from alignkit.recipe import recipe_schema
+from alignkit.recipe import methods, recipe_schema
 from alignkit.recipe import schema as options
-from alignkit.recipe.schema import FEEDBACK, OPTIONS
+from alignkit.recipe.methods import FEEDBACK, OPTIONS
 from alignkit.recipe.trl_fields import method_fields
 
 SHIPPED = sorted((Path(__file__).resolve().parents[2] / "recipes").rglob("*.yaml"))
@@ -81,7 +81,8 @@ def test_shipped_recipes_validate(path: Path, validator: Any) -> None:
 def test_every_sentence_of_the_help_file_is_that_of_a_key() -> None:
     for key, sentence in options._HELP.items():
         section, name = key.split(".")
-        assert getattr(options, section).model_fields[name].description == sentence, key
+        model = getattr(methods if hasattr(methods, section) else options, section)
+        assert model.model_fields[name].description == sentence, key
 
 
 def test_install_writes_the_schema_and_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from alignkit.errors import RecipeError
 from alignkit.recipe import Recipe, load_recipe, resolve
-from alignkit.recipe.schema import PRESETS, PpoOptions
+from alignkit.recipe.methods import PRESETS, PpoOptions
 
 Load = Callable[..., Recipe]
 Complain = Callable[..., list[str]]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from alignkit.recipe import Recipe, load_recipe, resolve
-from alignkit.recipe.schema import PpoOptions
+from alignkit.recipe.methods import PpoOptions
 
 FOLDER = Path(__file__).resolve().parents[2] / "recipes"
 RECIPES = sorted([*FOLDER.glob("*.yaml"), *FOLDER.glob("papers/*/*.yaml")])

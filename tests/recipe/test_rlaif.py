@@ -9,7 +9,8 @@ import pytest
 
 from alignkit.errors import RecipeError
 from alignkit.recipe import Recipe, pick_steps, recipe_schema, resolve
-from alignkit.recipe.schema import STEPS, CritiqueOptions, FeedbackModel, LabelOptions, PpoOptions
+from alignkit.recipe.methods import STEPS, CritiqueOptions, LabelOptions, PpoOptions
+from alignkit.recipe.schema import FeedbackModel
 from alignkit.recipe.sections import list_steps
 from alignkit.recipe.yaml import Node, Origin
 

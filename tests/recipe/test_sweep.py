@@ -12,7 +12,7 @@ import pytest
 from alignkit.errors import RecipeError
 from alignkit.evaluate.options import request_stages
 from alignkit.recipe import Recipe, Stage, load_recipe, pick_steps, resolve
-from alignkit.recipe.schema import CritiqueOptions, LabelOptions, PpoOptions, TrainOptions
+from alignkit.recipe.methods import CritiqueOptions, LabelOptions, PpoOptions, TrainOptions
 
 Load = Callable[..., Recipe]
 Complain = Callable[..., list[str]]

@@ -25,7 +25,7 @@ from alignkit.models.load import load_trained
 from alignkit.models.logprobs import Sampling, pad_answers
 from alignkit.models.start import builtin_config, builtin_tokenizer
 from alignkit.recipe import Stage
-from alignkit.recipe.schema import MissingEos, PpoOptions
+from alignkit.recipe.methods import MissingEos, PpoOptions
 from alignkit.rewards.base import Workspace
 from alignkit.rewards.kinds import open_reward
 from alignkit.runs import checkpoints

@@ -20,7 +20,8 @@ from alignkit.feedback.stage import describe_model, open_model, own_model
 from alignkit.feedback.writer import Job, Model, Sampling
 from alignkit.models.files import find_model_dir, fingerprint_weights
 from alignkit.recipe import Stage
-from alignkit.recipe.schema import FeedbackModel, PpoOptions, RewardSource
+from alignkit.recipe.methods import PpoOptions
+from alignkit.recipe.schema import FeedbackModel, RewardSource
 from alignkit.rewards.base import Answers, Reward, Workspace, collect_memory, name_source
 from alignkit.runs.stop import Stop, stop_between_answers
 

@@ -18,7 +18,7 @@ from alignkit.models.logprobs import Sampling
 from alignkit.models.parameters import describe_parameters
 from alignkit.models.start import context_length
 from alignkit.recipe import Stage
-from alignkit.recipe.schema import PpoOptions, SftOptions
+from alignkit.recipe.methods import PpoOptions, SftOptions
 from alignkit.runs.directory import RunDir
 from alignkit.runs.files import describe_bytes
 from alignkit.runs.record import JsonLines

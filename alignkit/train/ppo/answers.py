@@ -17,7 +17,8 @@ from alignkit.errors import ModelError, NonFiniteError, RewardError
 from alignkit.models.chat import Chat
 from alignkit.models.frozen import Classifier, ScoreIds
 from alignkit.recipe import Stage
-from alignkit.recipe.schema import PpoOptions, RewardSource
+from alignkit.recipe.methods import PpoOptions
+from alignkit.recipe.schema import RewardSource
 from alignkit.rewards.base import Answers, Reward, stage_space
 from alignkit.rewards.kinds import open_reward
 from alignkit.rewards.kinds.model import ClassifierReward

@@ -34,7 +34,7 @@ from alignkit.models.load import Loaded
 from alignkit.models.logprobs import Batch, pad_answers, run_trunk, sampled_logps
 from alignkit.models.start import find_base, is_same_model, know_classifier
 from alignkit.recipe import Stage
-from alignkit.recipe.schema import PpoOptions
+from alignkit.recipe.methods import PpoOptions
 from alignkit.runs.files import write_json
 from alignkit.train import ranks, shards
 from alignkit.train.trainer import switch_off_dropout

@@ -20,7 +20,7 @@ from alignkit import console
 from alignkit.data import Row
 from alignkit.models.chat import Chat
 from alignkit.models.logprobs import Batch, Sampling, pad_answers
-from alignkit.recipe.schema import PpoOptions
+from alignkit.recipe.methods import PpoOptions
 from alignkit.rewards.base import join_columns
 from alignkit.runs.heartbeat import pulse
 from alignkit.train import ranks

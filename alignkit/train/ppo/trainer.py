@@ -34,7 +34,7 @@ from alignkit.models.adapters import TRAINED
 from alignkit.models.generation import generate_answers
 from alignkit.models.kernels import leave_out_masks, leave_out_unread
 from alignkit.models.logprobs import Batch, pad_answers
-from alignkit.recipe.schema import PpoOptions
+from alignkit.recipe.methods import PpoOptions
 from alignkit.runs import checkpoints
 from alignkit.train import ranks, shards
 from alignkit.train.ppo.answers import answer_order, cut_at_text, prompt_numbers, sort_steps
