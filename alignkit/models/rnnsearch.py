@@ -197,7 +197,8 @@ class RnnSearchForConditionalGeneration(PreTrainedModel, GenerationMixin):
         mask_BS = annotations.new_ones(annotations.shape[:2]) if attention_mask is None else attention_mask
         if decoder_input_ids is None:
             assert labels is not None, "give decoder_input_ids or labels"
-            decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
+            shifted = nn.functional.pad(labels[:, :-1], (1, 0), value=self.config.decoder_start_token_id)
+            decoder_input_ids = shifted.masked_fill(shifted == -100, self.config.pad_token_id)
         hidden, state, weights = self.decoder(decoder_input_ids, annotations, mask_BS, past_key_values)
         logits = self.lm_head(hidden)
         loss = None if labels is None else nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
@@ -206,11 +207,6 @@ class RnnSearchForConditionalGeneration(PreTrainedModel, GenerationMixin):
             cross_attentions=(weights.unsqueeze(1),) if weights is not None and output_attentions else None,
             encoder_last_hidden_state=annotations,
         )  # fmt: skip
-
-    def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
-        """Shift the target by one, behind the start token."""
-        shifted = nn.functional.pad(labels[:, :-1], (1, 0), value=self.config.decoder_start_token_id)
-        return shifted.masked_fill(shifted == -100, self.config.pad_token_id)
 
 
 AutoConfig.register(RnnSearchConfig.model_type, RnnSearchConfig, exist_ok=True)
