@@ -165,12 +165,16 @@ class Policy:
                 text = loaded.tokenizer.decode(ids, skip_special_tokens=True)
                 if len(ids) >= most or ids[-1] in chat.stop_ids or "\n" in text:
                     return False
-                said, wanted = ("".join(each.split()) for each in (text.rstrip("\ufffd"), asked[place][1]))
+                # Up to three bytes wait for the rest of their character; what is more of them never becomes one.
+                begun = text[:-3] + text[-3:].rstrip("\ufffd")
+                said, wanted = ("".join(each.split()) for each in (begun, asked[place][1]))
                 return asked[place][2] or wanted.startswith(said)
 
             values: list[list[Any]] = [[] for _ in asked]
             pad, size = int(loaded.tokenizer.pad_token_id), self._space.batch_size
-            for batch in follow_greedily(loaded.model, encoded, pad_id=pad, batch_size=size, goes_on=goes_on):
+            shown = [place for place, (*_, is_whole) in enumerate(asked) if is_whole]
+            how: Any = {"pad_id": pad, "batch_size": size, "first": shown}
+            for batch in follow_greedily(loaded.model, encoded, goes_on=goes_on, **how):
                 for place, logps, ids in batch:
                     text = loaded.tokenizer.decode(ids, skip_special_tokens=True).split("\n", 1)[0]
                     values[place] = [sum(logps), len(logps), text]

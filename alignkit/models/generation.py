@@ -11,19 +11,18 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import (
     ContinuousBatchingConfig,
-    DynamicCache,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
     StoppingCriteriaList,
 )
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicSlidingWindowLayer
 from transformers.generation.continuous_batching import cb_logits_processors as upstream
 
 from alignkit.console import Meter
 from alignkit.errors import ModelError
 from alignkit.models.hub import quiet_transformers
-from alignkit.models.logprobs import keep_likeliest, pad
+from alignkit.models.logprobs import RoomyLayer, keep_likeliest, make_cache, pad
 
 _TAIL = 24  # new tokens that are looked at for an end
 
@@ -126,8 +125,8 @@ def generate_batch(
     width = 1 if halves else ids_BT.size(1)  # a decoder begins with its start token
     cache, beams = None, (settings.num_beams or 1) > 1
     if not (halves or in_step or beams) and base._supports_default_dynamic_cache():
-        cache = DynamicCache(config=base.config)
-        if any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers):
+        cache = make_cache(base)
+        if any(type(layer) not in (RoomyLayer, DynamicSlidingWindowLayer) for layer in cache.layers):
             cache = None  # layers that keep more than keys and values
     answers: list[list[int]] = [[] for _ in prompts]
     rows, ends = list(range(len(prompts))), [limit] * len(prompts)

@@ -20,12 +20,15 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from alignkit.console import Meter
 from alignkit.models.kernels import head_logps
 
 _BATCH_TOKENS = 2**16
 _CACHED_TOKENS = 2**15  # whose keys and values are held at a time
+_ROOM = 32  # tokens that a buffer of keys and values has more room for
 _CPU_TOKENS = 2**11  # the same where more at once are no faster and memory that is new each time is slower
 _WORTH_SHARING = 0.2  # of the tokens; a cache costs something too
 _WORTH_A_TOKEN = 1500  # attention scores that cost what a token's other operations do
@@ -270,15 +273,17 @@ def iter_scores(
 @torch.no_grad()
 def follow_greedily(
     model: Any, asked: Sequence[tuple[Sequence[int], Sequence[int]]], *, pad_id: int, batch_size: int,
-    goes_on: Callable[[int, list[int]], bool],
+    goes_on: Callable[[int, list[int]], bool], first: Collection[int] = (),
 ) -> Iterator[list[tuple[int, list[float], list[int]]]]:  # fmt: skip
     """Score the tail after each context, and write the greedy answer to it on the keys and values of that read.
     What the answer has in common with the tail needs no step of its own, as with a draft in speculative decoding
-    (Leviathan et al. 2023, arXiv 2211.17192). `goes_on` is asked after each token, by place and answer so far."""
+    (Leviathan et al. 2023, arXiv 2211.17192). `goes_on` is asked after each token, by place and answer so far.
+    Those that will be long come `first`, so that their steps are taken together."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    head, order = base.get_output_embeddings(), sorted(range(len(asked)), key=lambda at: -sum(map(len, asked[at])))
+    head, sizes = base.get_output_embeddings(), [len(context) + len(tail) for context, tail in asked]
+    order = sorted(range(len(asked)), key=lambda at: (at not in first, -sizes[at]))
     while order:
-        size = max(min(batch_size, _CACHED_TOKENS // sum(map(len, asked[order[0]]))), 1)
+        size = max(min(batch_size, _CACHED_TOKENS // max(sizes[at] for at in order[:batch_size])), 1)
         places, order = order[:size], order[size:]
         pairs = [(list(context), list(tail)) for context, tail in (asked[place] for place in places)]
         reader = _Reader(base, pad_id, [])
@@ -389,6 +394,36 @@ def _alike(one: _Question, other: _Question) -> int:
     return int(differs.argmax()) if differs.any() else limit
 
 
+class RoomyLayer(DynamicLayer):
+    """Keys and values in buffers with room for more, where the layer it is made from copies all of them each step."""
+
+    _rooms: list[Tensor] | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        given, size = (key_states, value_states), self.get_seq_length()
+        if not size:  # most is read and never looked at again: it is no copy either
+            self.lazy_initialization(*given)
+            self.keys, self.values = given
+            return given
+        now, kept, rooms = size + key_states.size(2), (self.keys, self.values), self._rooms
+        is_own = rooms is not None and rooms[0].data_ptr() == self.keys.data_ptr() and len(rooms[0]) == len(self.keys)
+        if rooms is None or not is_own or rooms[0].size(2) < now:
+            rooms = self._rooms = [it.new_empty(*it.shape[:2], now + _ROOM, it.size(3)) for it in kept]
+            for room, it in zip(rooms, kept, strict=True):
+                room[:, :, :size] = it
+        for room, new in zip(rooms, given, strict=True):
+            room[:, :, size:now] = new
+        self.keys, self.values = (room[:, :, :now] for room in rooms)
+        return self.keys, self.values
+
+
+def make_cache(base: Any) -> DynamicCache:
+    """Make the cache that a model generates with, with room in its layers that keep all there is."""
+    cache = DynamicCache(config=base.config)
+    cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
+
+
 class _Reader:
     """Feeds tokens to a model on top of what it has read; rows of unlike length are padded and masked."""
 
@@ -420,6 +455,8 @@ class _Reader:
         positions_BT = (self._mask_BT.cumsum(1) - 1).clamp_min(0)[:, before_BT.size(1) :]
         # What is read first needs no mask: causal attention never looks at padding behind it, and is twice as fast.
         mask: Tensor = torch.ones_like(new_BT) if self._cache is None else self._mask_BT
+        if self._cache is None:
+            self._cache = make_cache(self.base)
         if pieces is not None:
             positions_BT, mask = (it.to(self.device) for it in self._see(pieces, *ids_BT.shape))
         hidden_BTH, output = run_trunk(

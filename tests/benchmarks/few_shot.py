@@ -1,5 +1,7 @@
 """Few-shot tasks with K = 8, each context read once: beside a read for each choice, and one to score, one to answer.
 
+Exact match is held against both: what a script does with transformers alone, and our own scores, then our own answers.
+
 The weights are random, so most answers part from the right one at their first token and are followed no further but for
 the eight that a report shows; both ways must find the same answers right, and the same log-probabilities of choices. In
 items a processor second. A row of exact match also tells what one read alone, without any answer, would reach.
@@ -42,12 +44,13 @@ def measure_few_shot(directory: Path, *, runs: int) -> list[Row]:
     def share(policy: Policy) -> list[float]:
         return [found.logp for found in policy.score_continuations(contexts, choices)]
 
-    def read_again(policy: Policy) -> list[float]:
+    def score_plainly(policy: Policy, contexts: Sequence[str], tails: Sequence[str]) -> list[float]:
         tokenizer = policy.loaded.tokenizer
-        asked = zip(
-            *(tokenizer(texts, add_special_tokens=False).input_ids for texts in (contexts, choices)), strict=True
-        )
+        asked = zip(*(tokenizer(texts, add_special_tokens=False).input_ids for texts in (contexts, tails)), strict=True)
         return _score_each(policy.loaded.model, list(asked), int(tokenizer.pad_token_id))
+
+    def read_again(policy: Policy) -> list[float]:
+        return score_plainly(policy, contexts, choices)
 
     def once(policy: Policy) -> list[bool]:
         found = policy.match(prompts, wanted, spare_tokens=8, num_whole=8)
@@ -61,12 +64,18 @@ def measure_few_shot(directory: Path, *, runs: int) -> list[Row]:
         answers = policy.answer(prompts, max_new_tokens=longest + 8, plain=True)
         return [group[0].text.strip() == each.strip() for group, each in zip(answers, wanted, strict=True)]
 
+    def script(policy: Policy) -> list[bool]:
+        score_plainly(policy, prompts, wanted)
+        texts = _answer_each(policy.loaded.model, policy.loaded.tokenizer, prompts, max(map(len, wanted)) + 8)
+        return [text.split("\n", 1)[0].strip() == each.strip() for text, each in zip(texts, wanted, strict=True)]
+
     rows = []
     for size, (hidden, layers, _, _) in SIZES.items():
         model = write_model(directory / f"model-{hidden}", hidden_size=hidden, num_layers=layers, positions=4096)
         for what, theirs, ways in (
             (f"few-shot, {_CHOICES} choices", "the context read for each choice", (share, read_again)),
-            ("few-shot exact match", "a read to score and one to answer", (once, twice)),
+            ("few-shot exact match", "a script's read to score and one to answer", (once, script)),
+            ("few-shot exact match", "our own read to score and one to answer", (once, twice)),
         ):
             speeds = _time_both(model, ways, len(items), runs)
             ratio = statistics.median(mine / other for mine, other in zip(*speeds, strict=True))
@@ -116,3 +125,21 @@ def _score_each(model: Any, asked: list[tuple[list[int], list[int]]], pad_id: in
             tail = ids[row, begin:end, None]
             found[place] = float(logps[row, begin - 1 : end - 1].gather(1, tail).sum())
     return found
+
+
+def _answer_each(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
+    """What a script would do: greedy answers of padded batches of like length."""
+    import torch
+
+    order, texts = sorted(range(len(prompts)), key=lambda place: len(prompts[place])), [""] * len(prompts)
+    for start in range(0, len(order), _BATCH):
+        places = order[start : start + _BATCH]
+        inputs = tokenizer([prompts[place] for place in places], return_tensors="pt", padding=True, padding_side="left")
+        with torch.no_grad():
+            output = model.generate(
+                **inputs, do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id
+            )
+        said = tokenizer.batch_decode(output[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+        for place, text in zip(places, said, strict=True):
+            texts[place] = text
+    return texts

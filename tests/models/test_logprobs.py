@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GPT2Config, LlamaConfig
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache, GPT2Config, LlamaConfig
 
 from alignkit.models import logprobs
 from alignkit.models.kernels import leave_out_unread
-from alignkit.models.logprobs import can_share, iter_scores, pad, score_tokens
+from alignkit.models.logprobs import can_share, follow_greedily, iter_scores, make_cache, pad, score_tokens
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "head_dim": 8}
 MODELS: dict[str, dict[str, Any]] = {
@@ -123,3 +123,67 @@ def test_models_with_attention_of_their_own_are_given_no_masks(kind: str, shares
     own: dict[str, Any] = {"attention_types": [[["global", "local"], 1]]} if kind == "gpt_neo" else {}
     model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**sizes, **own, alibi=True)).eval()
     assert can_share(model) is shares
+
+
+def _make_llama(vocab_size: int) -> Any:
+    torch.manual_seed(3)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = LlamaConfig(**sizes, vocab_size=vocab_size, intermediate_size=64, max_position_embeddings=512)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4.0)  # so that greedy answers vary
+    return model
+
+
+@torch.no_grad()
+def test_a_cache_with_room_gives_the_logits_that_a_growing_one_gives() -> None:
+    model, draw = _make_llama(50), torch.Generator().manual_seed(4)
+    caches = [make_cache(model), DynamicCache(config=model.config)]
+    num_rows, moved = 3, set()
+    # More than there is room for; of one row; other rows of the same number, and fewer.
+    for step, (width, chosen) in enumerate(
+        [(7, None), (1, None), (40, [2, 1, 0]), (1, [2, 0]), (1, None), (3, [0, 0, 1]), (1, [1, 2, 0]), (1, None)]
+    ):
+        if chosen is not None:
+            num_rows = len(chosen)
+            for cache, select in zip(caches, ("batch_select_indices", "reorder_cache"), strict=True):
+                getattr(cache, select)(torch.tensor(chosen))
+        ids_BT = torch.randint(50, (num_rows, width), generator=draw)
+        ours, theirs = (model(ids_BT, past_key_values=cache, use_cache=True).logits for cache in caches)
+        assert torch.allclose(ours, theirs, atol=1e-6, rtol=0), step
+        moved.add(caches[0].layers[0].keys.data_ptr())
+        for mine, other in zip(caches[0].layers, caches[1].layers, strict=True):
+            assert torch.equal(mine.keys, other.keys) and torch.equal(mine.values, other.values)
+    assert len(moved) < 8  # not all steps copy
+
+
+@torch.no_grad()
+def test_greedy_answers_after_the_read_that_scores_are_those_of_the_model_alone() -> None:
+    model, draw = _make_llama(50), random.Random(5)
+    asked = [
+        ([draw.randrange(50) for _ in range(draw.randrange(5, 90))], [draw.randrange(50) for _ in range(3)])
+        for _ in range(9)
+    ]
+    lengths = [1 + 9 * (place % 5) for place in range(9)]  # up to 37, more than a buffer's room
+    alone: list[list[int]] = []
+    for place, (context, tail) in enumerate(asked):
+        ids = list(context)
+        while len(ids) < len(context) + lengths[place]:
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+        alone.append(ids[len(context) :])
+        if place % 2:
+            asked[place] = context, (alone[place] + tail)[:4]  # begins as the answer does
+    found: dict[int, tuple[list[float], list[int]]] = {}
+    batches = []
+    for batch in follow_greedily(
+        model, asked, pad_id=0, batch_size=4, goes_on=lambda place, ids: len(ids) < lengths[place], first=[8, 2, 5]
+    ):
+        batches.append({place for place, *_ in batch})
+        found |= {place: (logps, ids) for place, logps, ids in batch}
+    assert {8, 2, 5} < batches[0] and len({tuple(ids) for ids in alone}) > 5
+    assert [found[place][1] for place in range(9)] == alone
+    for place, (context, tail) in enumerate(asked):
+        whole = torch.tensor([[*context, *tail]])
+        wanted = model(whole).logits[0, :-1].log_softmax(-1).gather(1, whole[0, 1:, None])[len(context) - 1 :, 0]
+        assert found[place][0] == pytest.approx(wanted.tolist(), abs=2e-6)
