@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from alignkit.errors import DataError, EnvironmentProblem
 from alignkit.evaluate.metrics.tasks import Item, measure_few_shot, measure_harness, read_task, write_prompt
@@ -136,6 +137,24 @@ def test_an_answer_written_after_the_read_that_scores_is_the_plain_one(
         right = [text.strip() == each.strip() for text, each in zip(texts, wanted, strict=True)]
         assert right == [text.strip() == each.strip() for text, each in zip(plain, wanted, strict=True)]
         assert any(right) and not all(right)
+
+
+def test_broken_characters_are_followed_as_long_as_they_can_become_the_right_answer(
+    policy_dir: Path, space: Workspace
+) -> None:
+    policy = Policy(str(policy_dir), space)
+    tokenizer, model = policy.loaded.tokenizer, policy.loaded.model
+    broken = next(token for token in range(len(tokenizer)) if tokenizer.decode([token] * 9) == "\ufffd" * 9)
+    with torch.no_grad():  # it says nothing else
+        model.transformer.wte.weight[broken] *= 100
+        model.transformer.ln_f.weight.zero_()
+        model.transformer.ln_f.bias.copy_(model.transformer.wte.weight[broken])
+    # A character has four bytes: with a fourth one that is broken, three of which could still be mended, none begins.
+    given, wanted = ["One", "Two", "Three"], [" one", " two", " " + "\ufffd" * 6 + "."]
+    most = max(item.tokens for item in policy.score_continuations(given, wanted)) + 8
+    for num_whole, first in ((0, 4), (1, most)):
+        found = policy.match(given, wanted, spare_tokens=8, num_whole=num_whole)
+        assert [text for _, text in found] == ["\ufffd" * length for length in (first, 4, 10)]
 
 
 def test_exact_match_compares_the_first_line(policy_dir: Path, space: Workspace) -> None:
