@@ -1,20 +1,25 @@
 """What makes a step on the CPU faster and leaves its numbers as they are: an LM head, and memory that stays mapped."""
 
 import ctypes
+import math
+import os
 import platform
+from collections.abc import Sequence
 from copy import copy
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch.nn.functional import embedding, linear
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from alignkit.models.files import KNOWN
 
 _LARGEST = 2**25  # logits in one piece: 128 MiB
+_WORTH_SHARING = 8  # tokens that two rows begin with alike
+_WORTH_PACKING = 0.95  # of the places of a padded batch, when tokens fill no more of them
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
@@ -26,6 +31,14 @@ def keep_freed_memory() -> None:
         library.mallopt(_M_TRIM_THRESHOLD, 512 * 2**20)
 
 
+def _pads_right(given: dict[str, Any]) -> bool:
+    """Whether a call reads rows from their beginning, keeps no cache, and has all of its padding on the right."""
+    mask_BT: Any = given.get("attention_mask")
+    is_plain = isinstance(mask_BT, Tensor) and mask_BT.dim() == 2 and not torch.compiler.is_compiling()
+    begins = given.get("use_cache") is False and given.get("past_key_values") is None
+    return is_plain and begins and bool(mask_BT[:, 0].all() and (mask_BT[:, 1:] <= mask_BT[:, :-1]).all())
+
+
 def leave_out_masks(model: Any) -> None:
     """Take the mask away where all padding is on the right: no real token of a causal model can see it there.
     Attention then takes the kernel that reads half of the pairs. Generation, whose padding is on the left, keeps it."""
@@ -34,12 +47,7 @@ def leave_out_masks(model: Any) -> None:
         return
 
     def leave_out(_: Any, arguments: Any, given: dict[str, Any]) -> Any:
-        mask_BT: Any = given.get("attention_mask")
-        is_plain = isinstance(mask_BT, Tensor) and mask_BT.dim() == 2 and not torch.compiler.is_compiling()
-        begins = given.get("use_cache") is False and given.get("past_key_values") is None
-        if is_plain and begins and mask_BT[:, 0].all() and (mask_BT[:, 1:] <= mask_BT[:, :-1]).all():
-            given["attention_mask"] = None
-        return arguments, given
+        return arguments, given | {"attention_mask": None} if _pads_right(given) else given
 
     base: Any = model.base_model
     base.register_forward_pre_hook(leave_out, with_kwargs=True)
@@ -47,20 +55,41 @@ def leave_out_masks(model: Any) -> None:
     base.warn_if_padding_and_no_attention_mask = lambda *_: None
 
 
+def lay_out(rows: Sequence[list[int]]) -> tuple[list[list[int]], list[tuple[int, int]]]:
+    """Lay rows of token ids behind each other, sorted; what one begins with as the row before it does lies there once.
+    Give the place of each row's tokens, and, in the order of places, how many tokens each shares and adds."""
+    places, parts, before, found, total = [list[int]() for _ in rows], [], list[int](), list[int](), 0
+    for number in sorted(range(len(rows)), key=rows.__getitem__):
+        row = rows[number]
+        shared = min(len(os.path.commonprefix([before, row])), len(row) - 1)
+        shared = shared if shared >= _WORTH_SHARING else 0
+        places[number] = found = [*found[:shared], *range(total, total + len(row) - shared)]
+        parts.append((shared, len(row) - shared))
+        before, total = row, total + len(row) - shared
+    return places, parts
+
+
 class _Unread:
-    """The positions whose last hidden state is read, and hooks that leave the others out of the last layer."""
+    """Hooks that leave out what is not read: hidden states of the last layer, and on the CPU padding and repeats."""
 
     reads: tuple[Tensor, ...] | None = None  # rows and columns, (N,), row by row; None: all
     columns_BR: Tensor | None = None  # the same by row, where they are few; the first column stands for those it lacks
 
-    def __init__(self, base: Any, layer: nn.Module) -> None:
-        self.base, self.drops = base, [module for module in layer.modules() if isinstance(module, nn.Dropout)]
+    places_BT: Tensor | None = None  # of tokens that are packed in one row, as `lay_out` has it; None: they are not
+
+    def __init__(self, base: Any, attention: Any) -> None:
+        self.base, self.attention = base, attention
+
+    def drops(self) -> bool:
+        """Whether dropout is at work: its random numbers are drawn for all positions."""
+        rates = (module.p for module in self.base.modules() if isinstance(module, nn.Dropout) and module.training)
+        return any(rates) or (self.base.training and bool(getattr(self.attention, "attention_dropout", 0.0)))
 
     def choose(self, _: Any, __: Any, given: dict[str, Any]) -> None:
         asked = given.pop("reads", None)
         ids, labels, batch = given.get("input_ids"), given.get("labels"), given.get("batch")
         recomputes = getattr(self.base, "is_gradient_checkpointing", False) and torch.is_grad_enabled()
-        drops = self.base.training and any(module.p for module in self.drops)
+        drops = self.drops()
         self.reads = self.columns_BR = None
         if ids is None or recomputes or drops or given.get("output_hidden_states") or torch.compiler.is_compiling():
             return
@@ -86,6 +115,38 @@ class _Unread:
     def forget(self, *_: Any) -> None:
         self.reads = self.columns_BR = None
 
+    def pack(self, trunk: Any, arguments: Any, given: dict[str, Any]) -> Any:
+        """Make one row of all tokens that a call must read, where that leaves out something worth it."""
+        if len(arguments) == 1 and "input_ids" not in given:  # as GPT-2's heads call it
+            arguments, given = (), given | {"input_ids": arguments[0]}
+        self.places_BT, ids_BT, mask_BT = None, given.get("input_ids"), given.get("attention_mask")
+        if ids_BT is None or ids_BT.device.type != "cpu" or not _pads_right(given) or self.drops():
+            return None
+        tensors = {name for name, value in given.items() if isinstance(value, Tensor)}
+        wants_all = any(given.get(name) for name in ("output_hidden_states", "output_attentions"))
+        window = getattr(trunk.config, "sliding_window", None) or math.inf
+        lengths = mask_BT.sum(dim=1).tolist()
+        if arguments or tensors != {"input_ids", "attention_mask"} or wants_all or max(lengths) > window:
+            return None
+        places, parts = lay_out([row[:length] for row, length in zip(ids_BT.tolist(), lengths, strict=True)])
+        if sum(own for _, own in parts) > _WORTH_PACKING * ids_BT.numel():
+            return None
+        tokens = mask_BT.nonzero(as_tuple=True)
+        places_N = torch.tensor([place for row in places for place in row])
+        self.places_BT = torch.zeros_like(ids_BT).index_put(tokens, places_N)
+        if self.reads is not None:  # each place once: what is put back is put there, and not added
+            kept_N = self.places_BT[self.reads].unique()
+            self.reads, self.columns_BR = (torch.zeros_like(kept_N), kept_N), None
+        laid_2N = torch.zeros(2, sum(own for _, own in parts), dtype=torch.long)
+        laid_2N[:, places_N] = torch.stack([ids_BT[tokens], tokens[1]])
+        # Models take a mask of four dimensions as it is; `_attend_packed` does not look at it.
+        names = {"input_ids": laid_2N[:1], "position_ids": laid_2N[1:], "attention_mask": mask_BT[:1, None, None, :1]}
+        return arguments, given | names | {"packed": parts}
+
+    def unpack(self, _: Any, __: Any, outputs: Any) -> None:
+        if self.places_BT is not None:  # `embedding` adds up gradients faster than indexing does
+            outputs.last_hidden_state = embedding(self.places_BT, outputs.last_hidden_state[0])
+
     def gather(self, _: Any, arguments: tuple[Tensor, ...]) -> Any:
         if self.reads is not None:
             self.shape = arguments[0].shape
@@ -97,7 +158,7 @@ class _Unread:
 
 def _attend_from_reads(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **given: Any) -> Any:
     """Attention of transformers' sdpa, (B, heads, T, D) to (B, T, heads, D), from the few places that are read."""
-    columns_BR = module.unread.columns_BR
+    columns_BR = module.unread.columns_BR if hasattr(module, "unread") else None
     if columns_BR is None or given.get("dropout"):
         return sdpa_attention_forward(module, query, key, value, mask, **given)
     rows_B1 = torch.arange(len(query), device=query.device)[:, None]
@@ -111,25 +172,46 @@ def _attend_from_reads(module: Any, query: Tensor, key: Tensor, value: Tensor, m
     return whole.index_put((rows_B1, columns_BR), found), weights
 
 
+def _attend_packed(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, *, packed: Any = None, **given: Any
+) -> Any:
+    """Attention of transformers' sdpa, (B, heads, T, D) to (B, T, heads, D), row by row where rows are packed."""
+    if packed is None:
+        return _attend_from_reads(module, query, key, value, mask, **given)
+    sizes, found, k, v = [own for _, own in packed], [], key, value
+    parts = zip(packed, *(whole.split(sizes, dim=2) for whole in (query, key, value)), strict=True)
+    for (shared, own), q, own_k, own_v in parts:
+        seen = torch.ones(own, shared + own, dtype=torch.bool).tril(shared)[None, None] if shared else None
+        k, v = (torch.cat([past[:, :, :shared], new], 2) if shared else new for past, new in ((k, own_k), (v, own_v)))
+        found.append(sdpa_attention_forward(module, q, k, v, seen, **given)[0])
+    return torch.cat(found, dim=1), None
+
+
 def leave_out_unread(model: Any) -> None:
-    """Run the last layer's queries and feed-forward for those positions alone whose hidden state is read.
+    """Run the last layer's feed-forward for those positions alone whose hidden state is read, and on the CPU all layers
+    for tokens alone: no padding, and what several rows begin with, such as the prompt of two answers, once.
     A classifier reads the last token, TRL's fused head the labelled ones, PPO its `batch`, others what they name as
-    `reads`. Positions meet in attention only, where all of them are still keys and values, so that no number that is
-    read is another one."""
+    `reads`. Positions meet in attention only, which sees what it saw, so that no number that is read is another one."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     name = KNOWN["feed_forward_norms"].get(base.config.model_type)
     if name is None or base.config._attn_implementation != "sdpa":
         return
-    layer = (getattr(base.base_model, "layers", None) or base.base_model.h)[-1]
-    attention, unread = getattr(layer, "self_attn", None) or layer.attn, _Unread(base, layer)
+    trunk = base.base_model
+    layers = getattr(trunk, "layers", None) or trunk.h
+    attentions = [getattr(layer, "self_attn", None) or layer.attn for layer in layers]
+    unread = attentions[-1].unread = _Unread(base, attentions[-1])
     model.takes_reads = True
     model.register_forward_pre_hook(unread.choose, with_kwargs=True)
     model.register_forward_hook(unread.forget, always_call=True)
-    getattr(layer, name).register_forward_pre_hook(unread.gather)
-    layer.mlp.register_forward_hook(unread.scatter)
-    AttentionInterface.register("from_reads", _attend_from_reads)
-    attention.config, attention.unread = copy(attention.config), unread
-    attention.config._attn_implementation = "from_reads"
+    trunk.register_forward_pre_hook(unread.pack, with_kwargs=True, prepend=True)  # before its mask is taken away
+    trunk.register_forward_hook(unread.unpack)
+    getattr(layers[-1], name).register_forward_pre_hook(unread.gather)
+    layers[-1].mlp.register_forward_hook(unread.scatter)
+    AttentionInterface.register("packed", _attend_packed)
+    config = copy(attentions[-1].config)
+    config._attn_implementation = "packed"
+    for attention in attentions:
+        attention.config = config
 
 
 def use_head() -> None:

@@ -151,8 +151,8 @@ def test_a_model_that_reads_both_ways_keeps_its_mask() -> None:
     assert isinstance(model, nn.Module)
 
 
-def narrow(kind: str, *, scores: bool) -> tuple[nn.Module, nn.Module]:
-    """A tiny model of a family and its copy, whose last layer leaves out what is not read."""
+def narrow(kind: str, *, scores: bool, window: int = 4) -> tuple[nn.Module, nn.Module]:
+    """A tiny model of a family and its copy, which leaves out what is not read."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
     from alignkit.models.start import know_classifier
@@ -160,7 +160,7 @@ def narrow(kind: str, *, scores: bool) -> tuple[nn.Module, nn.Module]:
     torch.manual_seed(0)
     # Narrower windows than the rows are long: where a family has them, only masks say so.
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
-             "sliding_window": 4, "vocab_size": 200, "pad_token_id": 0, "bos_token_id": 1}  # fmt: skip
+             "sliding_window": window, "vocab_size": 200, "pad_token_id": 0, "bos_token_id": 1}  # fmt: skip
     sizes |= {} if kind == "gpt2" else {"head_dim": 8, "num_key_value_heads": 2}
     config = AutoConfig.for_model(kind, **sizes)
     config.num_labels = 1
@@ -192,7 +192,7 @@ def check_equal(models: tuple[nn.Module, nn.Module], read: Callable[[nn.Module],
     values = [read(model) for model in models]
     torch.testing.assert_close(values[1], values[0], rtol=1e-5, atol=1e-6)
     for value in values:
-        (value * torch.arange(1, value.numel() + 1).view(value.shape)).sum().backward()
+        (value * torch.linspace(0.1, 1, value.numel()).view(value.shape)).sum().backward()
     theirs, ours = (dict(model.named_parameters()) for model in models)
     for name, parameter in theirs.items():
         if parameter.grad is not None:
@@ -252,3 +252,61 @@ def test_the_last_layer_runs_for_the_positions_that_losses_read(kind: str) -> No
         return_logps(model)
     check_equal(models, lambda model: read_answers(model, batch)[0])
     assert seen == [(1, 16), (3, 12), (1, 16)]
+
+
+def test_rows_are_laid_out_behind_each_other_and_a_common_beginning_once() -> None:
+    stem = list(range(10, 20))
+    rows = [[5, 6], [*stem, 3, 4], [*stem, 2], [*stem, 3, 4], stem[:7]]
+    places, parts = kernels.lay_out(rows)
+    assert parts == [(0, 2), (0, 7), (0, 11), (10, 2), (11, 1)]  # seven tokens are too few, and a row keeps its last
+    assert places[0] == [0, 1] and places[4] == [*range(2, 9)] and places[2] == [*range(9, 20)]
+    assert places[1] == [*range(9, 19), 20, 21] and places[3] == [*range(9, 19), 20, 22]
+
+
+def pairs_of_rows() -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and mask of two prompts with two answers each, one of which is there twice, and of a lone token."""
+    torch.manual_seed(2)
+    one, two = (torch.randint(3, 200, (size,)).tolist() for size in (9, 12))
+    rows = [[*one, 7, 8, 9], [*two, 5], [*one, 7, 4, 4, 4, 4], [*two, 5], [6]]
+    mask = (torch.arange(14) < torch.tensor([[len(row)] for row in rows])).long()
+    return torch.tensor([row + [0] * (14 - len(row)) for row in rows]), mask
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_tokens_alone_are_read_and_common_beginnings_once(kind: str) -> None:
+    ids, mask = pairs_of_rows()
+    own = sum(
+        size for _, size in kernels.lay_out([row[kept].tolist() for row, kept in zip(ids, mask.bool(), strict=True)])[1]
+    )
+    assert own < int(mask.sum()) < mask.numel()
+    kernels.use_head()
+    for scores in (True, False):
+        models = narrow(kind, scores=scores, window=64)
+        seen: list[int] = []
+        trunk = models[1].base_model
+        layers = getattr(trunk, "layers", None) or trunk.h
+        layers[0].mlp.register_forward_pre_hook(lambda _, given, seen=seen: seen.append(given[0].shape[1]))
+        if scores:
+            check_equal(models, lambda model: model(input_ids=ids, attention_mask=mask, use_cache=False).logits)
+        else:
+            from trl.trainer.utils import add_fused_lm_head
+
+            for model in models:
+                add_fused_lm_head(model)
+            labels = ids.masked_fill(mask == 0, -100)
+            inputs = {"input_ids": ids, "attention_mask": mask, "labels": labels, "fused_lm_head": True}
+            check_equal(models, lambda model, inputs=inputs: model(**inputs).log_probs)
+        assert seen == [own]
+
+
+def test_dropout_keeps_the_padding_for_which_its_numbers_are_drawn() -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=200, n_embd=32, n_layer=1, n_head=2)).train()  # rates of 0.1
+    kernels.leave_out_unread(model)
+    seen = seen_by_the_last_layer(model)
+    ids, mask = pairs_of_rows()
+    for _ in range(2):
+        model(input_ids=ids, attention_mask=mask, use_cache=False)
+        model.eval()
+    assert seen == [(5, 14), (1, 31)]
