@@ -6,7 +6,7 @@ import os
 import platform
 from collections.abc import Sequence
 from copy import copy
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -119,7 +119,7 @@ class _Unread:
         """Make one row of all tokens that a call must read, where that leaves out something worth it."""
         if len(arguments) == 1 and "input_ids" not in given:  # as GPT-2's heads call it
             arguments, given = (), given | {"input_ids": arguments[0]}
-        self.places_BT, ids_BT, mask_BT = None, given.get("input_ids"), given.get("attention_mask")
+        ids_BT, mask_BT, self.places_BT = given.get("input_ids"), cast(Tensor, given.get("attention_mask")), None
         if ids_BT is None or ids_BT.device.type != "cpu" or not _pads_right(given) or self.drops():
             return None
         tensors = {name for name, value in given.items() if isinstance(value, Tensor)}
