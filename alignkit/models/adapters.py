@@ -155,8 +155,8 @@ def begin_by_data(model: PeftModel, batches: Iterable[dict[str, Any]]) -> None:
     kept = ("input_ids", "attention_mask", "labels")
     loader = [{name: batch[name] for name in kept if name in batch} for batch in batches]
 
-    def forward(model: Any, inputs: dict[str, Any]) -> Any:
-        return model(**{name: value for name, value in inputs.items() if name != "labels"}, use_cache=False)
+    def forward(model: Any, inputs: dict[str, Any]) -> Any:  # with a cache, for which no tokens are packed
+        return model(**{name: value for name, value in inputs.items() if name != "labels"}, use_cache=True)
 
     with torch.no_grad():
         begin_eva(model, loader, forward_fn=forward, gather_distributed_inputs=False, show_progress_bar=False)

@@ -310,3 +310,26 @@ def test_dropout_keeps_the_padding_for_which_its_numbers_are_drawn() -> None:
         model(input_ids=ids, attention_mask=mask, use_cache=False)
         model.eval()
     assert seen == [(5, 14), (1, 31)]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text", "gpt2"])
+def test_packed_layers_that_are_computed_again_for_the_gradients_give_the_same(kind: str) -> None:
+    from trl.trainer.utils import add_fused_lm_head
+
+    kernels.use_head()
+    ids, mask = pairs_of_rows()
+    models = narrow(kind, scores=False, window=64)
+    for model in models:
+        add_fused_lm_head(model)
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        for layer in getattr(model.base_model, "layers", None) or model.base_model.h:
+            (getattr(layer, "self_attn", None) or layer.attn).attention_dropout = 0.0
+        model.train()
+    models[1].gradient_checkpointing_enable()
+    seen = seen_by_the_last_layer(models[1])
+    labels = ids.masked_fill(mask == 0, -100)
+    inputs = {"input_ids": ids, "attention_mask": mask, "labels": labels, "fused_lm_head": True}
+    check_equal(models, lambda model: model(**inputs, use_cache=False).log_probs)
+    assert seen == [(1, 31)] * 2  # forward, and again on the way back

@@ -102,7 +102,7 @@ def test_sequences_that_begin_alike_are_read_once_and_score_as_each_alone(
     model.register_forward_pre_hook(lambda *given: read.append(given[2]["input_ids"].numel()), with_kwargs=True)
     plain = list(iter_scores(model, sequences, pad_id=0, batch_size=4, share=False))
     num_plain, read[:] = sum(read), []
-    assert sum(fed) == sum(map(len, alone.values()))  # no more than are scored
+    assert 0 < sum(fed) <= sum(map(len, alone.values()))  # no more than are scored, repeats once
     shared = list(iter_scores(model, sequences, pad_id=0, batch_size=4, share=True))
     assert sum(read) < (0.45 if long > 20 else 0.55) * num_plain
     wanted, found = dict(chain(*plain)), dict(chain(*shared))
