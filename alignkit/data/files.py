@@ -50,11 +50,13 @@ def type_name(value: object) -> str:
     return _JSON_NAMES.get(type(value), type(value).__name__)
 
 
-def read_file(path: Path, *, blocks: bool = False, limit: int = MAX_LINE_BYTES, named: bool = False) -> Iterator[Entry]:
+def read_file(
+    path: Path, *, blocks: bool = False, limit: int = MAX_LINE_BYTES, named: bool = False, shard: bool = False
+) -> Iterator[Entry]:
     """Yield (place, record or BadRow) for every row of the file; raises DataError for one broken beyond single rows.
     A .txt file gives one {"text": ...} per line, or with `blocks` one per block of lines between blank ones. Places are
     lines of jsonl, csv and txt, rows (from 1) of json and tables. A row of more than `limit` bytes is a BadRow.
-    With `named` a ClassLabel of a table is its name instead of its number."""
+    With `named` a ClassLabel of a table is its name instead of its number; a table that is a `shard` may be empty."""
     name, suffix = label_path(path), data_suffix(path)
     with ExitStack() as opened:
         if suffix in (".parquet", ".arrow"):
@@ -68,6 +70,8 @@ def read_file(path: Path, *, blocks: bool = False, limit: int = MAX_LINE_BYTES, 
         else:
             entries = _read_text(stream, name, limit, blocks)
         if (first := next(entries, None)) is None:
+            if shard and suffix in (".parquet", ".arrow"):
+                return
             raise DataError("the file has no rows", where=name)
         yield first
         yield from entries
@@ -385,7 +389,7 @@ def _read_table(path: Path, name: str, *, named: bool) -> Iterator[Entry]:
                 for record in read_records(batch.slice(start, _TABLE_BATCH), named=named):
                     number += 1
                     yield f"{name}[row {number}]", record
-    except (pa.ArrowException, OSError, ValueError) as error:
+    except (pa.ArrowException, OSError, ValueError, LookupError, AttributeError, TypeError) as error:
         first_line = str(error).partition("\n")[0]
         after = f" after row {number}" if number else ""
         raise DataError(f"is not a readable {kind} file{after}: {first_line}", where=name) from error

@@ -23,6 +23,8 @@ _SHARDED = re.compile(r"(.+)-\d{5}-of-\d{5}")  # how the hub names the files of 
 _NUMBERED = re.compile(r"[-_.]?\d[-_.\d]*$")
 _KEYWORD = re.compile(r"(?:^|(?<=[^a-z]))(train|test|validation|valid|val|eval|dev)(?![a-z])", re.IGNORECASE)
 _SPLIT_OF = {"valid": "validation", "val": "validation", "eval": "validation", "dev": "validation"}
+# What the hub passes over, too.
+_ABOUT = {"config.json", "dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json"}
 _CONFIGS = re.compile(r"\A---\n(?:(?!---).*\n)*?configs:")  # in the front matter of a data set's README.md
 
 
@@ -66,8 +68,8 @@ def read_entries(located: Located, *, documents: bool = False, named: bool = Fal
             if source.target is not None:
                 return read_parallel(*located.splits[name], limit=limit)
             options: Any = {"blocks": source.format == "text", "limit": limit, "named": named}
-            files = (read_file(path, **options) for path in located.splits[name])
-            return chain.from_iterable(files)
+            paths = located.splits[name]
+            return chain.from_iterable(read_file(path, shard=len(paths) > 1, **options) for path in paths)
 
         for name, start, stop in _read_slices(source, lambda name: sum(1 for _ in read(name))):
             yield from islice(read(name), start, stop)
@@ -89,10 +91,10 @@ def _locate(source: DataSource) -> Located:
             _refuse_keys(source, "a data set saved on disk", ("name", "data_dir", "revision"))
             try:
                 if (path / "dataset_dict.json").is_file():
-                    names = json.loads((path / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
+                    names = [*json.loads((path / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]]
                 else:  # a Dataset, which may know its split
                     names = [json.loads((path / "state.json").read_text(encoding="utf-8")).get("_split") or "train"]
-            except (OSError, ValueError, KeyError, AttributeError) as error:
+            except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
                 raise DataError(f"cannot be read as a data set saved on disk: {error}", where=str(path)) from error
             return _choose(Located(source, "saved", dict.fromkeys(names, ())))
         _refuse_keys(source, "local files", ("revision",))
@@ -104,7 +106,7 @@ def _locate(source: DataSource) -> Located:
             if not (target := Path(source.target).expanduser()).is_file():
                 raise DataError("no such file (data.target)", where=label_path(target))
             return _choose(Located(source, "files", {"train": (path, target)}))
-        if data_suffix(path) is None:
+        if data_suffix(path) is None or not path.is_file():  # a pipe would be waited for
             raise DataError(f"is not a data file we read ({ACCEPTED})", where=label_path(path))
         require_whole(path)
         return _choose(Located(source, "files", {"train": (path,)}))
@@ -171,11 +173,13 @@ def _list_splits(directory: Path, source: DataSource) -> dict[str, tuple[Path, .
     if readme.is_file() and _CONFIGS.match(readme.read_text(encoding="utf-8", errors="replace").replace("\r", "")):
         from datasets import load_dataset_builder
         from datasets.exceptions import DatasetsError
+        from yaml import YAMLError  # type: ignore[import-untyped]
 
         try:
             builder = load_dataset_builder(str(directory), source.name, data_dir=source.data_dir)
-        except (OSError, ValueError, DatasetsError) as error:
-            said = " ".join(str(error).split())
+        except (OSError, ValueError, DatasetsError, YAMLError) as error:
+            said = " ".join(str(error).split()).partition(" Example of usage")[0]
+            said += "; name one with data.name" if "onfig name is missing" in said else ""
             raise DataError(f"cannot be read as its README.md describes it: {said}", where=name) from error
         splits = {str(split): tuple(map(Path, paths)) for split, paths in (builder.config.data_files or {}).items()}
         if foreign := [path for paths in splits.values() for path in paths if data_suffix(path) is None]:
@@ -189,6 +193,7 @@ def _list_splits(directory: Path, source: DataSource) -> dict[str, tuple[Path, .
         if not directory.is_dir():
             raise DataError("no such directory (data.data_dir)", where=name)
     below = [path for path in sorted(directory.rglob("*")) if path.is_file() and data_suffix(path)]
+    below = [path for path in below if path.name not in _ABOUT]
     below = [path for path in below if not any(part[0] in "._" for part in path.relative_to(directory).parts)]
     files = [path for path in below if path.parent == directory] or below
     if not files:
@@ -242,7 +247,7 @@ def _read_dataset(source: DataSource, *, saved: bool, named: bool) -> Iterator[E
                 for record in read_records(table, named=named):
                     number, place = number + 1, place + 1
                     yield f"{source.path}[row {place}]", record
-    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+    except (OSError, ValueError, RuntimeError, LookupError, AttributeError, TypeError, DatasetsError) as error:
         what = "cannot be read as a data set saved on disk: "
         if not saved:
             offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")

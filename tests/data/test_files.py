@@ -235,6 +235,18 @@ def test_parquet_rows(tmp_path: Path) -> None:
         assert said.startswith("rows.parquet: is not a readable Parquet file: ") and "\n" not in said
 
 
+def test_a_table_whose_notes_on_labels_are_damaged_is_refused(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = tmp_path / "rows.parquet"
+    table = pa.Table.from_pylist([{"text": "a", "label": 0}])
+    for notes in (b'{"info": null}', b"[]", b'{"info": {"features": {"label": {"_type": "ClassLabel"}}}}'):
+        pq.write_table(table.replace_schema_metadata({b"huggingface": notes}), path)
+        with pytest.raises(DataError, match="is not a readable Parquet file"):
+            list(read_file(path, named=True))
+
+
 def test_broken_gzip_is_refused(tmp_path: Path, lines: Lines) -> None:
     path = tmp_path / "rows.jsonl.gz"
     whole = gzip.compress(lines("rows.jsonl", ROWS * 1000).read_bytes())

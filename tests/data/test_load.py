@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -301,6 +302,33 @@ def test_a_directory_is_read_by_split_and_never_mixed(
         assert [row.place for row in reading.rows] == [f"data/{name}" for name in found]
 
 
+def test_files_about_a_data_set_are_not_read_as_rows(read: Read, lines: Lines) -> None:
+    lines("data/train.jsonl", answers(1))
+    for name in ("dataset_infos.json", "dataset_info.json", "config.json"):
+        lines(f"data/{name}", [{"default": {"features": {}}}])
+    assert [row.place for row in read("sft", "data").rows] == ["data/train.jsonl:1"]
+
+
+def test_a_shard_without_rows_does_not_stop_the_others(read: Read, tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    (tmp_path / "data").mkdir()
+    rows = pa.Table.from_pylist(answers(2))
+    for number, table in enumerate((rows.slice(0, 0), rows)):
+        pq.write_table(table, tmp_path / f"data/train-0000{number}-of-00002.parquet")
+    assert [row.place for row in read("sft", "data").rows] == [
+        f"data/train-00001-of-00002.parquet[row {number}]" for number in (1, 2)
+    ]
+    alone = "data/train-00000-of-00002.parquet"
+    assert read("sft", alone).message == f"{alone}: the file has no rows"
+
+
+def test_a_pipe_is_refused_and_not_waited_for(read: Read, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "rows.jsonl")
+    assert read("sft", "rows.jsonl").message == f"rows.jsonl: is not a data file we read ({ACCEPTED})"
+
+
 def test_a_pattern_gives_its_files_and_a_slice_its_rows(read: Read, lines: Lines) -> None:
     lines("data/train-1.jsonl", answers(3))
     lines("data/train-2.jsonl", answers(1))
@@ -329,6 +357,11 @@ def test_a_local_copy_is_read_as_its_readme_says(read: Read, lines: Lines) -> No
     assert [row.place for row in read("sft", "hub", split="test").rows] == ["hub/data/test-a.jsonl:1"]
     assert len(read("sft", "hub", name="other").rows) == 3
     assert "Available: ['default', 'other']" in read("sft", "hub", name="nothing").message
+    lines("hub/README.md", ["---", "configs:", "- {config_name: a, data_dir: data}",
+                            "- {config_name: b, data_dir: more}", "---"])  # fmt: skip
+    assert read("sft", "hub").message.endswith("among the available configs: ['a', 'b']; name one with data.name")
+    lines("hub/README.md", ["---", "configs: [", "---"])
+    assert read("sft", "hub").message.startswith("hub: cannot be read as its README.md describes it: while parsing")
 
 
 def test_sources_that_cannot_be_used_are_all_named(read: Read, lines: Lines) -> None:
@@ -380,6 +413,23 @@ def test_data_saved_by_datasets_is_read_by_split(read: Read, saved_dataset: Path
     assert read("sft", lone, split="test").message == f"{lone}: {expected}"
     (arrow,) = Path("saved/train").glob("*.arrow")
     assert [row.place for row in read("sft", str(arrow), split="train[:1]").rows] == [f"{arrow}[row 1]"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("dataset_dict.json", '{"splits": 3}'),
+        ("dataset_dict.json", "[]"),
+        ("train/dataset_info.json", '{"features": "x"}'),
+        ("train/state.json", '{"_data_files": 3}'),
+    ],
+)
+def test_a_damaged_record_of_data_saved_by_datasets_is_one_message(
+    read: Read, saved_dataset: Path, name: str, text: str
+) -> None:
+    (saved_dataset / name).write_text(text)
+    said = read("sft", "saved").message
+    assert "saved: cannot be read as a data set saved on disk: " in said and "\n" not in said
 
 
 def test_conversations_that_stand_as_json_in_a_cell_are_read(read: Read, lines: Lines) -> None:
