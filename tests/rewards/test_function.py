@@ -73,6 +73,26 @@ def test_a_function_gets_columns_and_gives_numbers(load: Load, parameters: str, 
     assert function(PROMPTS, ANSWERS, {"wanted": ["red", "blue!"], "unused": [0, 0]}) == scores
 
 
+@pytest.mark.parametrize(
+    "parameters",
+    ["completions, **columns", "completions, prompts, wanted", "completions, wanted, **columns",
+     "*, completions, wanted"],
+)  # fmt: skip
+def test_a_function_written_for_trl_gets_everything_by_name(load: Load, parameters: str) -> None:
+    function = load(f"def score({parameters}):\n    assert 'wanted' not in vars() or wanted == [3, 4]\n"
+                    "    assert 'prompts' not in vars() or prompts == ['What is red?', 'What is blue?']\n"
+                    "    return [len(text) for text in completions]\n")  # fmt: skip
+    assert function(PROMPTS, ANSWERS, {"wanted": [3, 4], "unused": [0, 0]}) == [8.0, 7.0]
+
+
+@pytest.mark.parametrize("parameters", ["a, completions, wanted", "a, said, /, wanted", "a, said, *, wanted"])
+def test_other_names_get_prompts_and_answers_in_this_order(load: Load, parameters: str) -> None:
+    said = "completions" if "completions" in parameters else "said"
+    function = load(f"def score({parameters}):\n    assert wanted == [3, 4] and a[0] == 'What is red?'\n"
+                    f"    return [len(text) for text in {said}]\n")  # fmt: skip
+    assert function(PROMPTS, ANSWERS, {"wanted": [3, 4]}) == [8.0, 7.0]
+
+
 def test_what_it_changes_or_prints_stays_its_own(load: Load, capsys: pytest.CaptureFixture[str]) -> None:
     function = load("def score(prompts, completions):\n    print('hi')\n    prompts.clear()\n    return [1, 2]\n")
     prompts = list(PROMPTS)

@@ -17,7 +17,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PrinterCallback, TrainerCallback
 
-from alignkit.errors import ModelError, RunError
+from alignkit.errors import ModelError, NonFiniteError, RunError
 from alignkit.launch import launch_stage
 from alignkit.models.frozen import read_norm, score_ids
 from alignkit.models.generation import generate_answers
@@ -607,6 +607,18 @@ def test_scores_are_normalised_then_clipped_then_charged_for_a_missing_end() -> 
     assert float(normalised.mean()) == pytest.approx(0, abs=1e-6)
     assert float(normalised.std(correction=0)) == pytest.approx(1, rel=1e-6)
     assert measure_norm(raw, "bias") == (1.0, -1.0)
+
+
+def test_rewards_too_large_to_be_squared_are_named_unless_they_are_clipped(
+    make_stage: Callable, tmp_path: Path
+) -> None:
+    trainer = build(make_stage(recipe(), "ppo"), tmp_path).trainer
+    rollout = trainer.collector.sample(range(4), (0, 0))
+    huge = torch.tensor([1.0, -1e38, 2.0, 3.0])
+    with pytest.raises(NonFiniteError, match="the reward of answer 1 of this rollout is -1e.38.*set reward_clip"):
+        trainer.collector.examine(rollout, trainer.model, (huge, {}))
+    trainer.collector.options = trainer.collector.options.model_copy(update={"reward_clip": 5.0})
+    assert trainer.collector.examine(rollout, trainer.model, (huge, {})).advantages_RT.isfinite().all()
 
 
 def test_answers_are_cut_after_the_first_truncation_token_that_counts() -> None:

@@ -22,6 +22,7 @@ from alignkit.rewards.base import Answers, Workspace, stage_space
 from alignkit.runs.stop import time_limit
 
 _IMPORT_SECONDS = 120.0
+_NAMES = ("prompts", "completions")
 
 
 class TimeUp(BaseException):
@@ -41,12 +42,18 @@ class FunctionReward:
         options = space.stage.options if space.stage else None
         self.seconds = float(getattr(options, "reward_timeout", 60.0))
         self._function = _import(self.path, space.folder, self.where)
+        self._names: list[str] = []  # what it is given by name; empty: prompts and answers come first
         self._accepted: dict[str, bool] | None = None  # the columns it takes and whether it needs them; None: any
         with contextlib.suppress(TypeError, ValueError):  # what is built in has no signature
-            parameters = list(inspect.signature(self._function).parameters.values())[2:]
+            parameters = list(inspect.signature(self._function).parameters.values())
             kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-            if not any(item.kind is item.VAR_KEYWORD for item in parameters):
-                self._accepted = {item.name: item.default is item.empty for item in parameters if item.kind in kinds}
+            takes = {item.name: item.default is item.empty for item in parameters if item.kind in kinds}
+            takes_all = any(item.kind is item.VAR_KEYWORD for item in parameters)
+            first = [item.name for item in parameters[:2] if item.kind is not item.KEYWORD_ONLY]
+            if "completions" in takes and first[1:] != ["completions"]:  # written for TRL, which calls by name
+                self._names = [name for name in _NAMES if takes_all or name in takes]
+            own = self._names or first
+            self._accepted = None if takes_all else {name: takes[name] for name in takes if name not in own}
 
     def score(self, answers: Answers) -> list[float]:
         """Call it, once for all processes: a function may look at the answers together, or count its calls."""
@@ -87,11 +94,14 @@ class FunctionReward:
             there = ", ".join(columns) or "no other columns"
             raise self._error(f"needs the column {missing[0]}{suggest(missing[0], columns)}; the rows have {there}")
         given = {name: list(column) for name, column in columns.items() if name in wanted}
-        arguments = copy.deepcopy((list(prompts), list(completions), given))  # it may change what it gets
+        both = list(prompts), list(completions)
+        first = () if self._names else both
+        given |= {name: held for name, held in zip(_NAMES, both, strict=True) if name in self._names}
+        arguments = copy.deepcopy((first, given))  # it may change what it gets
         try:
             # Standard output is for results.
             with contextlib.redirect_stdout(sys.stderr), time_limit(self.seconds, TimeUp()):
-                returned = self._function(arguments[0], arguments[1], **arguments[2])
+                returned = self._function(*arguments[0], **arguments[1])
         except TimeUp:
             what = f"did not return within {self.seconds:g} s for {len(completions)} answers"
             raise self._error(f"{what}; make it faster, or raise reward_timeout") from None

@@ -138,8 +138,8 @@ class Rewards:
         for name, (reward, weight) in self.sources.items():
             parts[name] = part_R = torch.tensor(reward.score(rollout), dtype=torch.float32)
             if bad := (~part_R.isfinite()).nonzero().flatten().tolist():
-                what = f"the reward {name} of answer {bad[0]} is {float(part_R[bad[0]])}; its weights or dtype are not "
-                raise NonFiniteError(f"{what}fit for these texts")
+                what = f"the reward {name} of answer {bad[0]} is {float(part_R[bad[0]])} in float32; a function must "
+                raise NonFiniteError(f"{what}stay below 3e38, a model's weights or dtype are not fit for these texts")
             total_R = total_R + weight * part_R
         return total_R, parts
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from alignkit import console
 from alignkit.data import Row
+from alignkit.errors import NonFiniteError
 from alignkit.models.chat import Chat
 from alignkit.models.logprobs import Batch, Sampling, pad_answers
 from alignkit.recipe.methods import PpoOptions
@@ -31,6 +32,7 @@ from alignkit.train.ppo.answers import Rewards, Rollout, finish_scores
 from alignkit.train.ppo.roles import Critic, Roles, read_answers
 
 _WINDOW = 4  # rollouts compared for signs of reward hacking: the first ones with the latest ones
+_LARGEST_SCORE = 1e15  # the squares of float32 end at 3e38, those of a gradient of it before
 _OTHER_PROMPTS = 2**31  # the seed of prompts that are taken before training lies beyond that of rollouts
 _RESAMPLED = 2**32  # and that of prompts that take the place of others
 # What answers are sampled for; with the seed and a number it names the random numbers they draw.
@@ -228,6 +230,9 @@ class Collector:
         total_R, parts = scored or self.rewards(rollout)
         lengths = list(map(len, rollout.sampled_ids))
         scores_R = finish_scores(options, total_R, rollout.ended, self.norm, lengths)
+        if abs(score := float(scores_R[top := int(scores_R.abs().argmax())])) > _LARGEST_SCORE:
+            what = f"the reward of answer {top} of this rollout is {score:g}, too large for what PPO squares (at most "
+            raise NonFiniteError(f"{what}{_LARGEST_SCORE:g}); scale it with `weight:`, or set reward_clip")
         mask_RT, logps_RT, ref_logps_RT, entropy_RT, values_RT = self.read(rollout, model, keep=keep)
         in_reward = coef if options.kl_in == "reward" else 0.0
         rewards_RT = maths.shaped_rewards(scores_R, logps_RT, ref_logps_RT, mask_RT, kl_coef=in_reward)
