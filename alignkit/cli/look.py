@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer import Argument, Option
 
-from alignkit.cli.train import AllowKey, AsJson, DeviceName, Overrides, RecipeFile, StageName, TrustCode
+from alignkit.cli.train import AllowKey, AsJson, DeviceName, Overrides, RecipeFile, StageName, TrustCode, refuse_secret
 
 if TYPE_CHECKING:
     from alignkit.preflight.check import CheckReport
@@ -211,7 +211,7 @@ def doctor(
 
 def merge(
     source: Annotated[Path, Argument(metavar="SOURCE", help="A finished run, or an adapter directory.")],
-    out: Annotated[Path, Option("--out", metavar="DIR", help="Where the merged model goes.")],
+    out: Annotated[Path, Option("--out", metavar="DIR", help="Where the merged model goes.", callback=refuse_secret)],
 ) -> None:
     """Write an adapter and its base as one model directory."""
     from alignkit import console
@@ -350,6 +350,7 @@ def report(
 
 _what = partial(Option, rich_help_panel="What is measured")
 _answers = partial(Option, rich_help_panel="Answers")
+_ELSEWHERE = "eval.json, elsewhere than in the run."
 
 
 def evaluate(
@@ -380,7 +381,7 @@ def evaluate(
     max_new_tokens: Annotated[int | None, _answers("--max-new-tokens", metavar="N")] = None,
     batch_size: Annotated[int | None, _answers("--batch-size", metavar="N")] = None,
     seed: Annotated[int | None, _answers("--seed", metavar="N")] = None,
-    out: Annotated[Path | None, Option("--out", metavar="FILE", help="eval.json, elsewhere than in the run.")] = None,
+    out: Annotated[Path | None, Option("--out", metavar="FILE", help=_ELSEWHERE, callback=refuse_secret)] = None,
     device: DeviceName = "auto", trust_code: TrustCode = False, allow_key: AllowKey = None, as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Measure a model: every figure with its n and 95 % interval, to eval.json and a table."""

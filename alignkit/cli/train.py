@@ -25,7 +25,20 @@ StageName = Annotated[str | None, Option("--stage", metavar="NAME", help="Which 
 StepName = Annotated[str | None, Option("--stage", metavar="NAME", help="One of them, by name or step: label, ...")]
 _SET = "Override a recipe value, such as dpo.beta=0.2. Repeatable."
 Overrides = Annotated[list[str] | None, Option("--set", metavar="KEY=VALUE", help=_SET)]
-RunDir = Annotated[Path | None, Option("--out", metavar="DIR", help="Instead of runs/<recipe>/<stage>.")]
+
+
+def refuse_secret(out: Path | None) -> Path | None:
+    """Raise UsageError for a name that looks like a credential: records, pages and cards hold it."""
+    from alignkit.console import holds_secret
+    from alignkit.errors import UsageError
+
+    if out is not None and holds_secret(str(out)):
+        raise UsageError("holds what looks like a secret, and a run's records name its directory", where="--out")
+    return out
+
+
+_OUT = "Instead of runs/<recipe>/<stage>."
+RunDir = Annotated[Path | None, Option("--out", metavar="DIR", help=_OUT, callback=refuse_secret)]
 DryRun = Annotated[bool, Option("--dry-run", help="Show what would be done, and every value in force; do nothing.")]
 Force = Annotated[bool, Option("--force", help="Start afresh: an existing run is moved aside, never deleted.")]
 TrustCode = Annotated[bool, Option("--trust-code", help="Allow code of models and rewards: only what you have read.")]

@@ -75,14 +75,24 @@ def find_key(source: FeedbackModel, *, where: str | None = None, key: str = "jud
     cannot send somebody's variables away."""
     host, name = place_of(str(source.url)), source.api_key_env
     if name is None:
-        return os.environ.get(_OWN_KEYS.get(host, "")) or None
+        own = _OWN_KEYS.get(host, "")
+        return _as_header(own, where=where) if os.environ.get(own, "").strip() else None
     if name != _OWN_KEYS.get(host) and name not in os.environ.get(ALLOWED, "").split():
         what = f"would send {name} to {host}; if that is meant, give --allow-key {name} on the command line"
         raise RecipeError(f"{key}.api_key_env {what}", where=where)
     if not os.environ.get(name, "").strip():
         what = f"the environment variable {name} is not set; export {name}=... first"
         raise RecipeError(f"{key}.api_key_env: {what}", where=where)
-    return os.environ[name]
+    return _as_header(name, where=where)
+
+
+def _as_header(name: str, *, where: str | None) -> str:
+    """Read a key without the line break of the file it came from; RecipeError where a header cannot hold it."""
+    value = os.environ[name].strip()
+    if not (value.isascii() and value.isprintable() and " " not in value):
+        what = "holds a blank or a character that is not ASCII, which no key has"
+        raise RecipeError(f"the environment variable {name} {what}; export it anew", where=where)
+    return value
 
 
 def require_client() -> None:

@@ -431,6 +431,21 @@ def test_a_key_goes_to_its_own_host_or_where_the_command_line_says(monkeypatch: 
         assert "authorization" not in {name.lower() for name in server.headers[0]}
 
 
+def test_a_key_with_what_no_header_can_hold_is_refused_and_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    def key(value: str, url: str = "https://api.openai.com/v1", variable: str | None = None) -> str | None:
+        monkeypatch.setenv(variable or "OPENAI_API_KEY", value)
+        return find_key(FeedbackModel(url=url, name="m", api_key_env=variable))
+
+    assert key(f" {KEY}\n") == KEY  # as `export KEY="$(cat file)"` or an env file leaves it
+    assert key("  ") is None
+    monkeypatch.setenv(ALLOWED, "MY_TOKEN")
+    for wrong in (f"{KEY}\u00e9", f"{KEY}\nX-Other: 1", f"{KEY} {KEY}", f"{KEY}\x07"):
+        for given in ({}, {"url": "http://127.0.0.1:9/v1", "variable": "MY_TOKEN"}):
+            with pytest.raises(RecipeError, match="holds a blank or a character that is not ASCII") as caught:
+                key(wrong, **given)
+            assert KEY not in str(caught.value)
+
+
 def test_a_key_in_a_reply_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_TOKEN", KEY)
     monkeypatch.setenv(ALLOWED, "MY_TOKEN")

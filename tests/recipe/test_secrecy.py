@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -45,6 +47,15 @@ def test_a_secret_on_the_command_line_is_not_echoed(complain: Complain) -> None:
     secret = SECRETS[0]
     lines = complain(START, f"sft.run_name={secret}", f"sft.hub_token={secret}", secret, f"sft.x=[{secret}")
     assert len(lines) == 4 and secret not in "\n".join(lines)
+
+
+def test_a_secret_as_the_name_of_a_run_is_refused(run_alignkit: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("model: builtin:tiny-gpt2\nsft: {data: builtin:instructions}\n")
+    for command in (("sft", "-r", "a.yaml"), ("eval", "builtin:tiny-gpt2"), ("merge", "runs/a")):
+        done = run_alignkit(*command, "--out", f"runs/{SECRETS[0]}")
+        said = "error: --out: holds what looks like a secret, and a run's records name its directory\n"
+        assert (done.returncode, done.stdout, done.stderr) == (2, "", said)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.yaml"]
 
 
 @pytest.mark.parametrize(
