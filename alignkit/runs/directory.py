@@ -262,8 +262,10 @@ def require_whole(product: Path) -> None:
     if product.name not in (*PRODUCTS, "base") or not RunDir(run_dir).stage.is_file():
         return
     if (damage := find_damaged_product(run_dir, below="base/" if product.name == "base" else "")) is not None:
-        what = f"{damage}: it was damaged after the run had finished; run the stage's own command again, which makes it"
-        raise RunError(f"{what} anew from what it has kept, or put the file back", where=str(run_dir))
+        advice = "run the stage's own command again, which makes it anew from what it has kept, or put the file back"
+        if product.name == "base" and product.exists():  # a checkpoint holds what was trained alone
+            advice = "no checkpoint has the base, so put the file back, or start that stage over with --force"
+        raise RunError(f"{damage}: it was damaged after the run had finished; {advice}", where=str(run_dir))
 
 
 _SAYS = {"chat": "turns of its chat template", "text": "text without a chat template"}
