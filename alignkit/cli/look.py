@@ -174,7 +174,7 @@ def schema(
 def doctor(
     what: Annotated[str | None, Argument(metavar="[resume]", help="Kill and resume a stage, and compare.")] = None,
     recipe: Annotated[Path | None, Option("--recipe", "-r", metavar="FILE", help="With resume: whose stage.")] = None,
-    stage: StageName = None, as_json: AsJson = False) -> None:  # fmt: skip
+    stage: StageName = None, trust_code: TrustCode = False, as_json: AsJson = False) -> None:  # fmt: skip
     """Show versions, devices and what works here; or prove that a recipe resumes exactly."""
     from alignkit import console
 
@@ -190,9 +190,9 @@ def doctor(
     from alignkit.preflight.resume import list_stages, prove_resume
 
     tried = []
-    for name in list_stages(loaded, stage):
+    for name in list_stages(loaded, stage, trust_code=trust_code):
         try:
-            tried.append(found := prove_resume(loaded, name))
+            tried.append(found := prove_resume(loaded, name, trust_code=trust_code))
         except AlignKitError as error:
             if stage is not None:
                 raise

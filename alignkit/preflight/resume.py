@@ -9,10 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from alignkit.errors import ModelError, RecipeError, RunError
+from alignkit.errors import ModelError, Problem, RecipeError, RewardError, RunError
 from alignkit.models.files import find_model_dir
 from alignkit.recipe import Recipe, resolve
 from alignkit.recipe.methods import FEEDBACK, PpoOptions
+from alignkit.recipe.schema import BUILTIN_REWARD
+from alignkit.rewards.kinds import kind_of
 from alignkit.runs.checkpoints import newest_step
 from alignkit.runs.directory import RunDir
 from alignkit.runs.files import describe_files, read_lines
@@ -26,19 +28,30 @@ sft: {data: {path: builtin:instructions, max_rows: 32}, batch_size: 8, samples: 
 _OF_THE_CLOCK = ("runtime", "second", "time")  # in the names of metrics that differ between two equal runs
 
 
-def list_stages(recipe: Recipe, name: str | None) -> list[str]:
-    """The stage to try, or without `name` all that train."""
+def list_stages(recipe: Recipe, name: str | None, *, trust_code: bool = False) -> list[str]:
+    """The stage to try, or without `name` all that train; raises RewardError for rewards that are code."""
     names = [each for each in recipe.stage_names if recipe.stages[each].options.method not in FEEDBACK]
     if not names or (name is not None and name not in names):
         raise RecipeError(f"stages that train can be tried: {', '.join(names) or 'the recipe has none'}")
-    return names if name is None else [name]
+    names = names if name is None else [name]
+    refused: list[Problem] = []
+    for stage in (resolve(recipe, each, trust_code=trust_code) for each in names):
+        for key, source in stage.rewards:
+            try:
+                if source.function or source.verify == "code":
+                    kind_of(source).check(source, stage, key)
+            except RewardError as error:
+                refused += error.problems
+    if refused:
+        raise RewardError(refused)
+    return names
 
 
-def prove_resume(recipe: Recipe, name: str) -> dict[str, Any]:
+def prove_resume(recipe: Recipe, name: str, *, trust_code: bool = False) -> dict[str, Any]:
     """Train a stage twice, killed and resumed the second time, and compare; `differences` is empty where all is equal.
     The settings are the recipe's, but for models that are small, few rows and steps, and rewards that need no others;
     `instead` has the keys whose own values were not tried."""
-    stage = resolve(recipe, name)
+    stage = resolve(recipe, name, trust_code=trust_code)
     path, options = stage.model.path, stage.training
     rows = [source.model_dump(exclude_unset=True) | {"max_rows": _ROWS} for source in options.data]
     own: dict[str, Any] = {
@@ -54,9 +67,15 @@ def prove_resume(recipe: Recipe, name: str) -> dict[str, Any]:
         own |= {"total_episodes": None, "max_new_tokens": min(options.max_new_tokens, _TOKENS)}
         own |= {"min_new_tokens": None} if (options.min_new_tokens or 0) > _TOKENS else {}
         steps = 4 * options.ppo_epochs * options.minibatches  # four rollouts
-        if not all(reward.verify not in (None, "code") or _is_small(reward.model) for reward in options.reward):
-            instead |= {"reward": "builtin:true-reward", "gold": None}
-            instead |= {"value_init": "policy"} if options.value_init == "reward" else {}
+        for key in ("reward", "gold"):
+            given = getattr(options, key) or ()
+            are_kept = [bool(one.function or one.verify) or _is_small(one.model) for one in given]
+            if not all(are_kept):
+                instead[key] = [
+                    one.model_dump(exclude_unset=True) if kept else {"model": BUILTIN_REWARD, "weight": one.weight}
+                    for one, kept in zip(given, are_kept, strict=True)
+                ]
+        instead |= {"value_init": "policy"} if "reward" in instead and options.value_init == "reward" else {}
         if options.generation.engine == "vllm":
             instead["generation"] = {"engine": "transformers"}
     is_small = _is_small(path) or stage.model.init == "scratch"
@@ -79,6 +98,7 @@ def prove_resume(recipe: Recipe, name: str) -> dict[str, Any]:
             instead["teacher"] = own["teacher"] | {"model": f"{folder}/teacher"}
         changes |= {f"{name}.{key}": value for key, value in ({"max_steps": steps} | own | instead).items()}
         command = [*alignkit, stage.method, "--recipe", recipe.path, "--stage", name]
+        command += ["--trust-code"] if trust_code else []
         command += [word for key, value in changes.items() for word in ("--set", f"{key}={json.dumps(value)}")]
         whole, killed = Path(folder, "whole"), Path(folder, "killed")
         _run([*command, "--out", str(whole)])

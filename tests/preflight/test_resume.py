@@ -61,6 +61,51 @@ def test_a_stage_that_cannot_be_tried_is_refused_by_name(tmp_path: Path) -> None
         list_stages(load_recipe(path), "label")
 
 
+SCORED = """
+name: a
+model: {path: builtin:tiny-llama}
+ppo:
+  data: builtin:prompts
+  reward: [{function: "scoring:short", weight: 0.5}, org/large]
+  preset: grpo
+  batch_size: 32
+  total_episodes: 100000
+  max_new_tokens: 512
+dpo: {data: builtin:preferences}
+checked: {method: ppo, data: builtin:prompts, reward: {verify: code}}
+"""
+
+
+def test_rewards_that_are_code_are_refused_as_everywhere_before_anything_is_tried(run_alignkit, tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(SCORED)
+    said = (
+        "a.yaml:6: the reward function scoring:short is code, which a recipe cannot allow; read it, and give "
+        "--trust-code on the command line"
+    )
+    done = run_alignkit("doctor", "resume", "--recipe", "a.yaml")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert said in done.stderr and "a.yaml:12: verify: code runs what a model writes" in done.stderr
+    assert said in run_alignkit("ppo", "--recipe", "a.yaml", "--stage", "ppo").stderr
+    (tmp_path / "scoring.py").write_text("def shorter(prompts, completions):\n    return [0.0] * len(prompts)\n")
+    done = run_alignkit("doctor", "resume", "--recipe", "a.yaml", "--stage", "ppo", "--trust-code")
+    assert done.returncode == 2 and "a.yaml:6: the reward function scoring:short: short is not there" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_reward_function_that_is_trusted_scores_the_try_beside_what_stands_in(run_alignkit, tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(SCORED)
+    (tmp_path / "scoring.py").write_text(
+        "from pathlib import Path\n\n\ndef short(prompts, completions):\n"
+        "    Path('called').open('a').write(f'{len(prompts)}\\n')\n"
+        "    return [-len(text) / 100 for text in completions]\n"
+    )
+    done = run_alignkit("doctor", "resume", "--recipe", "a.yaml", "--stage", "ppo", "--trust-code", "--json")
+    assert done.returncode == 0, done.stderr
+    (found,) = json.loads(done.stdout)["stages"]
+    assert (found["differences"], found["instead"]) == ([], ["reward"])
+    assert len((tmp_path / "called").read_text().split()) >= 2 * found["steps"]  # of both runs
+
+
 def test_models_of_a_hub_and_of_stages_that_have_not_run_are_not_small(tmp_path: Path) -> None:
     assert [_is_small(model) for model in ("org/large", str(tmp_path / "rm" / "model"), None)] == [False] * 3
     assert _is_small("builtin:tiny-llama")
@@ -74,7 +119,7 @@ def test_every_stage_is_killed_and_resumed_and_found_equal(run_alignkit, tmp_pat
     *found, failed = json.loads(done.stdout)["stages"]
     assert failed["stage"] == "verified" and "verify: regex needs the column pattern in every row" in failed["reason"]
     assert [(each["stage"], each["differences"], each["instead"]) for each in found] == [
-        ("sft", [], ["teacher"]), ("rm", [], []), ("dpo", [], []), ("ppo", [], ["gold", "reward"]),
+        ("sft", [], ["teacher"]), ("rm", [], []), ("dpo", [], []), ("ppo", [], ["reward"]),
     ]  # fmt: skip
     assert all(each["steps"] // 2 <= each["killed_at"] < each["steps"] for each in found)
     assert [path.name for path in tmp_path.iterdir()] == ["a.yaml"]
