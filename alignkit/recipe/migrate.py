@@ -82,7 +82,7 @@ _SUM = re.compile(r"\$\((?:expr )?\(? *(\d+) *([*/]) *(\d+) *\)?\)")  # $(expr 1
 
 def _read_commands(text: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Yield tool, method and arguments of every training command of a shell script, or of a text that shows some."""
-    text = re.sub(r"[ \t]*\\[ \t]*\n", " ", re.sub(r"(?m)^\s*#.*\n", "", text))
+    text = re.sub(r"[ \t]*\\+[ \t]*\n", " ", re.sub(r"(?m)^\s*#.*\n", "", text))
     values = {name: value.strip("\"'()").replace("\n", " ") for name, value in _ASSIGNED.findall(text)}
 
     def expand(found: re.Match[str]) -> str:
@@ -243,7 +243,8 @@ class _Writer:
         has_lora = bool(kind or re.search(r"lora|true|^[1-9]", said))
         comment = f"was {key}: {said}" if key else f"{self.peer}'s default"
         if has_lora:
-            self.lines["lora.adapter_type" if kind else "lora"] = Line(kind or {}, comment, key)
+            ours = "lora.r" if said.isdecimal() else "lora.adapter_type" if kind else "lora"
+            self.lines[ours] = Line(self.keys[key] if said.isdecimal() else kind or {}, comment, key)
             self.lines |= {"model.quantization": Line("nf4", comment, key)} if re.search(r"\bq(lora|oft)", said) else {}
         elif said not in ("", "full", "false", "none", "0") and "." not in said:
             self.missing.append(f"{key}: {said}: there are no such adapters; without lora: all weights are trained")
@@ -341,8 +342,12 @@ class _Writer:
         known = self.table.get("sections", ())
         name = name if known == "*" or section in known else key  # without the sections of its tool
         word = find_word(key, self.method, self.peer)
+        if word is None and value is True and name.startswith("no_"):  # how argparse takes back what is on
+            positive = find_word(name[3:], self.method, self.peer)
+            if positive is not None or name[3:] in self.accepted:
+                name, value, word = name[3:], False, positive
         is_own = word is not None and word.tool == self.peer
-        is_launch = name in ("deepspeed", "config_file", "fsdp")
+        is_launch = name in ("deepspeed", "config_file", "accelerate_config", "fsdp")
         epochs = next((self.keys[one] for one in ("num_epochs", "epochs") if self.keys.get(one)), 1)
         if value is None or value in ("", [], {}):
             self._note(key, AUTOMATIC, "empty")
@@ -460,6 +465,9 @@ class _Writer:
             refused, problems = dict[str, str](), find_problems(tree)[2]
             for what, place in ((problem.what, places.get(problem.where or "", "?")) for problem in problems):
                 there = [one for one in self.lines if f"{one}.".startswith(f"{place}.")]
+                strategy = self.lines.get("launch.strategy", Line("")).value
+                if strategy and self.fixed.issuperset(there) and f" {strategy} " in what:  # it goes, not the method
+                    there = ["launch.strategy"]
                 refused |= {one: what for one in there if one not in self.fixed or "has no effect" in what}
             if not refused:
                 self.missing += [problem.what for problem in problems]

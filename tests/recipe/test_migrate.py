@@ -439,3 +439,86 @@ def test_kto_of_axolotl(tmp_path: Path) -> None:
     for line in ("loss_type: kto", "beta: 0.5", "desirable_weight: 0.2", "undesirable_weight: 2.0"):
         assert f"\n  {line}" in made.text
     assert LEFT not in kinds(made).values()
+
+
+def test_what_a_launcher_is_told_is_known(tmp_path: Path) -> None:
+    accelerate = migrate(tmp_path / "a.sh", """
+        accelerate launch --use_fsdp --fsdp_version 2 --mixed_precision bf16 --machine_rank 1 \\
+            --main_process_ip 10.0.0.1 --num_machines 2 --num_processes 16 --same_network --max_restarts 3 \\
+            --module sft.py --model_name_or_path org/base --dataset_name org/talks --learning_rate 1e-5
+        """)  # fmt: skip
+    assert "  strategy: fsdp  # was use_fsdp: true\n" in accelerate.text
+    assert "  dtype: bfloat16  # was mixed_precision: bf16\n" in accelerate.text
+    said = kinds(accelerate)
+    assert {said[key] for key in ("module", "machine_rank", "main_process_ip", "same_network", "fsdp_version")} == {
+        AUTOMATIC
+    }
+    assert said["max_restarts"] == LEFT
+    torchrun = migrate(tmp_path / "b.sh", """
+        torchrun --standalone --nproc_per_node=8 --rdzv_backend c10d --master_port 29501 dpo.py \\
+            --model_name_or_path org/base --dataset_name org/pairs
+        """)  # fmt: skip
+    assert {kinds(torchrun)[key] for key in ("standalone", "rdzv_backend", "master_port")} == {AUTOMATIC}
+    assert torchrun.missing == accelerate.missing == []
+    deepspeed = migrate(tmp_path / "c.sh", """
+        deepspeed --hostfile hosts --include worker:0,1 --module openrlhf.cli.train_sft --train.batch_size 128 \\
+            --actor.model_name_or_path org/base --data.dataset org/talks --ds.lora.rank 12 --ds.lora.alpha 32
+        """)  # fmt: skip
+    assert {kinds(deepspeed)[key] for key in ("hostfile", "include", "module")} == {AUTOMATIC}
+    assert "  r: 12  # was ds.lora.rank" in deepspeed.text and "  alpha: 32  # was ds.lora.alpha" in deepspeed.text
+    script = migrate(tmp_path / "d.sh", """
+        trl sft --accelerate_config zero3 --model_name_or_path org/base --dataset_name org/talks
+        """)  # fmt: skip
+    assert "  strategy: zero3  # was accelerate_config\n" in script.text
+
+
+def test_what_is_taken_back_with_no_is_off(tmp_path: Path) -> None:
+    made = migrate(tmp_path / "a.sh", """
+        python sft.py --model_name_or_path org/base --dataset_name org/talks --no_bf16 --no_gradient_checkpointing \\
+            --no_remove_unused_columns --no_such_thing
+        """)  # fmt: skip
+    assert "  gradient_checkpointing: false  # was no_gradient_checkpointing: true" in made.text
+    assert "dtype" not in made.text
+    assert [(row.key, row.what) for row in made.rows[2:]] == [
+        ("no_bf16", AUTOMATIC), ("no_gradient_checkpointing", CONVERTED), ("no_remove_unused_columns", AUTOMATIC),
+        ("no_such_thing", LEFT),
+    ]  # fmt: skip
+
+
+def test_a_strategy_that_a_method_refuses_goes_and_not_the_method(tmp_path: Path) -> None:
+    made = migrate(tmp_path / "a.sh", """
+        swift rlhf --rlhf_type gkd --model org/base --teacher_model org/large --dataset org/talks --deepspeed zero3 \\
+            --beta 0.5 --temperature 0.9 --lmbda 1 --max_completion_length 64 --gkd_logits_topk 20 --use_vllm true
+        """)  # fmt: skip
+    assert "  objective: distill" in made.text and "strategy" not in body(made)
+    assert made.missing == [
+        "deepspeed: sft.objective is distill, whose teacher zero3 would shard with the student; use ddp, zero2 or fsdp"
+    ]
+    teacher = body(made).partition("  teacher:\n")[2]
+    for line in (
+        "model: org/large",
+        "beta: 0.5",
+        "temperature: 0.9",
+        "max_new_tokens: 64",
+        "top_k: 20",
+        "on_policy: 1",
+    ):
+        assert f"    {line}  # was " in teacher
+    assert kinds(made)["use_vllm"] == LEFT
+
+
+def test_a_command_in_the_text_of_a_program_has_its_backslashes_twice(tmp_path: Path) -> None:
+    made = migrate(tmp_path / "a.py", """
+        python3 -m openrlhf.cli.train_ppo_ray \\\\
+            --actor.model_name_or_path org/base --data.prompt_dataset org/prompts \\\\
+            --algo.advantage.estimator rloo
+        """)  # fmt: skip
+    assert "  path: org/base" in made.text and "  advantage: rloo  # was " in made.text
+
+
+def test_an_estimator_by_its_own_name_is_the_one_it_is_here(tmp_path: Path) -> None:
+    made = migrate(tmp_path / "a.sh", """
+        swift rlhf --rlhf_type grpo --advantage_estimator reinforce_plus_plus --model org/base --dataset org/prompts \\
+            --num_generations 4 --per_device_train_batch_size 4
+        """)  # fmt: skip
+    assert "  advantage: reinforce  # was advantage_estimator: reinforce_plus_plus" in made.text
