@@ -24,11 +24,10 @@ from alignkit.recipe.check import accepted_keys
 from alignkit.recipe.load import find_problems
 from alignkit.recipe.methods import OPTIONS
 from alignkit.recipe.words import Word, find_method, find_word
-from alignkit.recipe.yaml import Origin, label_path, names_secret, parse_yaml, read_scalar, shorten
+from alignkit.recipe.yaml import Origin, label_path, names_secret, parse_yaml, read_scalar, shorten, write_flow
 
 SAME, RENAMED, CONVERTED, AUTOMATIC, LEFT = KINDS = ("same", "renamed", "converted", "automatic", "not carried over")
 _TABLE: dict[str, Any] = json.loads(Path(__file__).with_name("peers.json").read_text("utf-8"))
-_TO_WRITE: dict[str, list[Any]] = _TABLE["to write"]  # by our key: what stands there meanwhile, and what is missing
 _SECTIONS = ("model", "lora", "launch", "seed", "data", "eval")  # at the top level of a recipe, in this order
 
 
@@ -155,10 +154,8 @@ def migrate_file(path: Path, *, gpus: int | None = None) -> tuple[list[Migration
             made.append(_Writer(path, path.stem + f"-{number}" * (number > 1), peer, method, tree, gpus).write())
         except RecipeError as error:  # of a method that alignkit has not
             problems += error.problems
-    if not found:
-        known = ", ".join(_TABLE["peers"])
-        problems = [Problem(f"is not recognised as a training recipe or command of {known}", str(path))]
-    return made, problems
+    what = f"is not recognised as a training recipe or command of {', '.join(_TABLE['peers'])}"
+    return made, problems if found else [Problem(what, str(path))]
 
 
 class _Writer:
@@ -173,7 +170,7 @@ class _Writer:
         self.missing: list[str] = []
         self.train: list[dict[str, Any]] = []
         self.method, self.word = self._find_method()
-        self.fixed = {*self.lines, *_TO_WRITE}  # without these it would be another method
+        self.fixed = {*self.lines, *_TABLE["to write"]}  # without these it would be another method
         self.of_method = {*self.lines} if self.method == "ppo" else set[str]()  # until a key says otherwise
         self.accepted = accepted_keys(self.method)
         self.has_lora = self._find_lora()
@@ -189,8 +186,7 @@ class _Writer:
             if key not in self.rows:
                 self._convert(key, value)
         self._fill()
-        text = self._check()
-        rows = [self.rows[key] for key in self.keys]
+        text, rows = self._check(), [self.rows[key] for key in self.keys]
         return Migration(self.name, self.peer, text, rows, [*dict.fromkeys(self.missing)])
 
     def _note(self, key: str, kind: str, said: str) -> None:
@@ -208,8 +204,8 @@ class _Writer:
             self._note(key, AUTOMATIC if before.value == value else LEFT, f"{ours}, as {before.key} says")
             return
         kind = kind or (CONVERTED if value != self.keys[key] else SAME if ours == key else RENAMED)
-        was = {SAME: "", RENAMED: f"was {key}", CONVERTED: f"was {key}: {shorten(_show(self.keys[key]), 40)}"}[kind]
-        self.lines[ours] = Line(value, was, key)
+        was = f"was {key}" + f": {shorten(write_flow(self.keys[key]), 40)}" * (kind == CONVERTED)
+        self.lines[ours] = Line(value, "" if kind == SAME else was, key)
         self._note(key, kind, ours)
 
     def _find_method(self) -> tuple[str, str]:
@@ -278,8 +274,8 @@ class _Writer:
             self._put("micro_batch_size", micro, micro_key)
         if total > 1:
             nodes = nodes if nodes > 1 and total % nodes == 0 else 1
-            comment = "of --gpus" if self.gpus else f"was {gpus_key}"
-            self.lines["launch.processes"] = Line(total // nodes, comment, gpus_key)
+            said = "of --gpus" if self.gpus else f"was {gpus_key}"
+            self.lines["launch.processes"] = Line(total // nodes, said, gpus_key)
             self.lines |= {"launch.nodes": Line(nodes, f"was {nodes_key}", nodes_key)} if nodes > 1 else {}
 
     def _read_rows(self) -> None:
@@ -318,9 +314,8 @@ class _Writer:
             below = str(self.keys.get("dataset_dir") or "data")  # in a folder above the file
             files = [folder / below / "dataset_info.json" for folder in self.path.absolute().parents]
             if file := next((file for file in files if has_registry and file.is_file()), None):
-                entry = json.loads(file.read_text("utf-8")).get(name)
-                local = {"file_name": str(file.parent / entry["file_name"])} if "file_name" in (entry or {}) else {}
-                entry = {**(entry or {}), **local}
+                entry = dict[str, Any](json.loads(file.read_text("utf-8")).get(name) or {})
+                entry |= {"file_name": str(file.parent / entry["file_name"])} if "file_name" in entry else {}
             if not entry and has_registry:
                 self.missing.append(f"data: {name} is a name of dataset_info.json, which is not beside the file")
             source = self._read_source(entry, place) if entry else {"path": name}
@@ -448,7 +443,7 @@ class _Writer:
         if self.lines.get("generation.mode", Line("")).value == "server" and "generation.url" not in self.lines:
             host, port = self.keys.get("vllm_server_host", "127.0.0.1"), self.keys.get("vllm_server_port", 8000)
             self.lines["generation.url"] = Line(f"http://{host}:{port}", "was vllm_server_host and vllm_server_port")
-        for ours, (value, why) in _TO_WRITE.items():
+        for ours, (value, why) in _TABLE["to write"].items():  # what stands there meanwhile, and what is missing
             needed = {"reward": self.method == "ppo", "teacher.model": self.word in ("gkd", "distillation")}
             if ours not in self.lines and needed.get(ours, True):
                 self.lines[ours] = Line(value, "to be written")
@@ -489,7 +484,7 @@ class _Writer:
         template = Template(Path(__file__).with_name("migrated.yaml.jinja").read_text("utf-8"))
         return template.render(
             source=label_path(self.path), peer=self.peer, missing=dict.fromkeys(self.missing), tree=tree,
-            order=(*_SECTIONS, self.method), show=_show,
+            order=(*_SECTIONS, self.method), show=write_flow,
         ) + "\n"  # fmt: skip
 
 
@@ -510,15 +505,3 @@ def _add_to_source(source: dict[str, Any], name: str, value: Any) -> None:
             source["columns"] = {**wanted, **source.get("columns", {})}
     else:
         source.setdefault(ours, value)
-
-
-def _show(value: Any) -> str:
-    """A value as one writes it in a recipe."""
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{key}: {_show(item)}" for key, item in value.items()) + "}"
-    if isinstance(value, list):
-        return "[" + ", ".join(map(_show, value)) + "]"
-    if isinstance(value, str):
-        plain = re.fullmatch(r"[\w./~$][\w./@+$-]*(:[\w./-]+)?", value) and isinstance(read_scalar(value), str)
-        return value if plain else json.dumps(value, ensure_ascii=False)
-    return re.sub(r"e([+-])0+", r"e\1", json.dumps(value, default=str)).replace("e+", "e")

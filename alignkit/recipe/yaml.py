@@ -214,6 +214,18 @@ def read_scalar(text: str) -> Any:
     return text
 
 
+def write_flow(value: Any) -> str:
+    """Write a value as a recipe has it, in one line; `read_scalar` reads a text as it was."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {write_flow(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(write_flow, value)) + "]"
+    if isinstance(value, str):
+        plain = re.fullmatch(r"[\w./~$][\w./@+$-]*(:[\w./-]+)?", value) and isinstance(read_scalar(value), str)
+        return value if plain else json.dumps(value, ensure_ascii=False)
+    return re.sub(r"e([+-])0+", r"e\1", json.dumps(value, default=str)).replace("e+", "e")
+
+
 def shorten(text: str, longest: int = 60) -> str:
     """Cut a text for a message, without secrets or line breaks."""
     text = redact(text)
