@@ -199,7 +199,7 @@ def test_one_interrupt_ends_an_evaluation_and_the_next_sitting_makes_up_for_it(
 
 def test_one_interrupt_ends_the_drawing_of_samples(run: Callable, digest: Callable, tmp_path: Path) -> None:
     options = "max_steps: 4, batch_size: 4, logging_steps: 1"  # save_steps: never before the end
-    drawn = "samples: {num: 64, max_new_tokens: 100}"  # half a second and more
+    drawn = "samples: {num: 32, max_new_tokens: 100}"  # half a second and more
     assert run(make(tmp_path, "whole", rows=64, options=options, samples=drawn)).code == 0
     for step, delay in ((0, 0.1), (2, 0.1), (2, 0.0)):  # before the first step, before the third one, just before that
         cut = tmp_path / f"cut-{step}-{delay}"

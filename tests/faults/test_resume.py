@@ -22,6 +22,7 @@ from alignkit.runs.files import read_json
 QUICK = [("sft", "full"), ("rm", "lora"), ("dpo", "qlora")]
 CASES = [(method, kind) for method in ("sft", "rm", "dpo") for kind in ("full", "lora", "qlora")]
 SLOW = pytest.mark.slow
+ONE = [QUICK[0], *(pytest.param(*case, marks=SLOW) for case in QUICK[1:])]  # of what no method has a part in
 NUM_STEPS = 12  # of every run here, as make_stage has it
 
 
@@ -70,7 +71,7 @@ def test_kills_leave_the_final_weights_bit_identical(
     print(f"{method} {kind}: {hits} kills, {part + 1} runs, all exact")
 
 
-@pytest.mark.parametrize(("method", "kind"), QUICK)
+@pytest.mark.parametrize(("method", "kind"), ONE)
 def test_a_kill_while_a_checkpoint_is_written_beside_the_steps_falls_back_to_the_one_before(
     method: str, kind: str, undisturbed: Callable, make_stage: Callable, run: Callable, digest: Callable, tmp_path: Path
 ) -> None:
@@ -208,7 +209,7 @@ def stop_in_the_middle(stage: object, run: Callable, tmp_path: Path, out: str) -
     raise AssertionError("the run could not be stopped in its middle")
 
 
-@pytest.mark.parametrize(("method", "kind"), QUICK)
+@pytest.mark.parametrize(("method", "kind"), ONE)
 def test_sigterm_saves_at_the_end_of_the_step_and_the_same_command_goes_on(
     method: str, kind: str, undisturbed: Callable, make_stage: Callable, run: Callable, digest: Callable, tmp_path: Path
 ) -> None:

@@ -69,8 +69,8 @@ def test_gpt2s_gelu_is_one_kernel_and_equals_its_formula() -> None:
 
 HEAP = """
 import ctypes, sys, torch
-from alignkit.models.kernels import keep_freed_memory
 if sys.argv[1] == "kept":
+    from alignkit.models.kernels import keep_freed_memory
     keep_freed_memory()
 class Info(ctypes.Structure):
     names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
