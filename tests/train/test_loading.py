@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+from forks import Forks
+from ranked_runs import free_port
+
 # Two adapters' bases that go through files: one drawn from the seed, one with an earlier adapter merged into it.
 RECIPE = """
 name: t
@@ -41,13 +41,16 @@ Path(f"made-{rank}.json").write_text(json.dumps(made))
 """
 
 
-def test_a_base_is_drawn_or_merged_by_rank_0_alone_and_read_by_the_others(tmp_path: Path) -> None:
+def test_a_base_is_drawn_or_merged_by_rank_0_alone_and_read_by_the_others(forks: Forks, tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(RECIPE)
-    (tmp_path / "worker.py").write_text(WORKER)
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "worker.py"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
+    meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    log = tmp_path / "log.txt"
+    codes = forks.run(*(
+        {"main": "forks:run_code", "argv": ["", WORKER], "cwd": str(tmp_path), "stdout": str(log), "stderr": str(log),
+         "env": os.environ | meet | {"RANK": rank, "LOCAL_RANK": rank}}
+        for rank in "01"
+    ))  # fmt: skip
+    assert codes == [0, 0], log.read_text()[-2000:]
     assert [json.loads((tmp_path / f"made-{rank}.json").read_text()) for rank in range(2)] == [["sft", "dpo"], []]
     # What was made is whole, and nothing of another try lies beside it.
     for stage in ("sft", "dpo"):
