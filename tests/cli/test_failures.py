@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -113,3 +115,22 @@ def test_code_of_others_that_exits_is_no_success(tmp_path: Path) -> None:
     )
     assert done.returncode == 1
     assert "code that alignkit called ended the process, SystemExit: 0 (traceback: alignkit-error.log)" in done.stderr
+
+
+@pytest.mark.parametrize("loading", ["alignkit/cli/__init__.py", "typer/__init__.py", "alignkit/errors.py"])
+def test_ctrl_c_while_the_command_line_loads_ends_as_later(loading: str) -> None:
+    # Python tells of each import as it begins.
+    process = subprocess.Popen([sys.executable, "-v", "-m", "alignkit", "check", "none.yaml"], stderr=subprocess.PIPE)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith(b"# code object from") and loading in line.decode():
+            break
+    process.send_signal(signal.SIGINT)
+    said = process.communicate()[1].decode()
+    assert process.returncode == 130
+    assert "Traceback" not in said and "interrupted" in said.splitlines()
+
+
+def test_the_command_is_the_module_that_is_run() -> None:
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    assert project["scripts"] == {"alignkit": "alignkit.__main__:main"}
