@@ -84,6 +84,7 @@ def measure_few_shot(directory: Path, *, runs: int) -> list[Row]:
                 (reads,) = _time_both(model, (read_once,), len(items), runs)
                 bound = statistics.median(read / other for read, other in zip(reads, speeds[1], strict=True))
                 what += f", one read alone: {bound:.1f} x"
+            what += ", one round" if runs == 1 else ""
             rows.append(Row(f"{what}; {size}, K = 8", *medians, theirs, ratio, ">= 3"))
     return rows
 
