@@ -34,12 +34,12 @@ _ARGUMENTS = ("prompt", "prompts", "completions", "completion_ids")
 
 def read_rows(
     stage: Stage, sources: Sequence[DataSource], *, report: DataReport, rejects: Rejects,
-    known_prompts: set[int] | None = None, method: str | None = None, template: bool | None = None,
+    known_prompts: Sequence[int] | None = None, method: str | None = None, template: bool | None = None,
 ) -> Iterator[Row]:  # fmt: skip
     """Yield the stage's rows, source after source, in the order of their files; as `method` takes them, where given.
     With `template`, whether the model has a chat template, prompts and answers become turns or joined text, as `chat`
     says. Every source gives its first `max_rows` good rows, without repeats under `dedupe`, as often as `weight` says.
-    `report` is filled on the way; with `known_prompts` it counts the rows that share a prompt with those.
+    `report` is filled on the way; with `known_prompts`, sorted, it counts the rows that share a prompt.
     Raises DataError at once for sources that cannot be read, after the last row for rows that do not fit."""
     skipped = rejects if stage.options.on_bad_row == "skip" else None
     problems = Problems(skipped, at_once=not report.remembers)
@@ -328,12 +328,12 @@ def join_threads(entries: Iterable[Entry]) -> Iterator[Entry]:
         if type(record.get("prompt")) is dict:
             return "replies" in record["prompt"]
         ids = type(record.get("message_id")), type(record.get("parent_id"))
-        return all(name in record for name in _OF_MESSAGES) and ids[0] in (str, int) and ids[1] in (str, int, NoneType)
+        return record.keys() >= {*_OF_MESSAGES} and ids[0] in (str, int) and ids[1] in (str, int, NoneType)
 
     tree: dict[Any, tuple[str, dict[str, Any]]] = {}
     for place, record in entries:
         if isinstance(record, BadRow) or not is_of_tree(record):
-            yield from _list_threads(tree)
+            yield from _list_threads(tree) if tree else ()
             tree = {}
             yield place, record
         elif type(record.get("prompt")) is dict:

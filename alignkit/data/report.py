@@ -6,12 +6,15 @@ import json
 import os
 import re
 import shutil
+import sys
 import tempfile
-from array import array
+from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from hashlib import blake2b
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,7 @@ from alignkit.errors import DataError, Problem
 from alignkit.runs.files import replacing
 
 SHOWN_PROBLEMS = 5
-_SPOOL_BYTES = 1 << 20  # beyond this the rejects wait on disk, not in memory
+_SPOOL_BYTES = 1 << 20  # beyond this rejects and hashes wait on disk, not in memory
 _PLACE = re.compile(r"(?s)(?P<file>.*?)(?::(?P<line>\d+)|\[row (?P<row>\d+)\])?\Z")
 
 
@@ -56,8 +59,8 @@ class DataReport:
     overlap: int = 0  # rows whose prompt is also in the rows this report was compared with
     overlap_places: list[str] = field(default_factory=list)  # the first five
     remembers: bool = True  # False: no hash of a row is kept, so that memory stays flat over any number of rows
-    _row_hashes: array[int] = field(default_factory=lambda: array("Q"), repr=False)
-    prompt_hashes: array[int] = field(default_factory=lambda: array("Q"), repr=False)
+    _row_hashes: Hashes = field(default_factory=lambda: Hashes(), repr=False)  # defined below
+    prompt_hashes: Hashes = field(default_factory=lambda: Hashes(), repr=False)
     _hasher: Any = field(default_factory=lambda: blake2b(digest_size=16), repr=False)
 
     @property
@@ -77,14 +80,14 @@ class DataReport:
         """Take the sizes of files into the fingerprint, where not all of their rows will be."""
         self._hasher.update(repr(list(sizes)).encode())
 
-    def add_source_row(self, row: Row, digest: bytes, known_prompts: set[int] | None) -> None:
+    def add_source_row(self, row: Row, digest: bytes, known_prompts: Sequence[int] | None) -> None:
         """Count a row that is used, once however often its weight repeats it."""
         if not self.remembers:
             return
         prompt_hash = hash(prompt_key(row)) & ((1 << 64) - 1)  # comparable within this process only
-        self._row_hashes.append(int.from_bytes(digest[:8], "little"))
-        self.prompt_hashes.append(prompt_hash)
-        if known_prompts is not None and prompt_hash in known_prompts:
+        self._row_hashes.add(digest[:8])
+        self.prompt_hashes.add(prompt_hash.to_bytes(8, sys.byteorder))
+        if known_prompts and prompt_hash in known_prompts[(at := bisect_left(known_prompts, prompt_hash)) : at + 1]:
             self.overlap += 1
             if len(self.overlap_places) < SHOWN_PROBLEMS:
                 self.overlap_places.append(row.place)
@@ -117,10 +120,8 @@ class DataReport:
         """Plain data for stage.json and `check --json`. Duplicates repeat an earlier row, dropped or kept, or its
         prompt; copies made by a weight do not count."""
 
-        def count_repeats(hashes: array[int]) -> int:
-            import numpy as np
-
-            return len(hashes) - len(np.unique(np.frombuffer(hashes, dtype=np.uint64))) if hashes else 0
+        def count_repeats(hashes: Hashes) -> int:
+            return len(hashes) - sum(map(len, hashes.distinct()))
 
         compared = self.comparisons
         means = {"prompt": self.rows, "completion": self.rows, "chosen": compared, "rejected": compared}
@@ -137,6 +138,37 @@ class DataReport:
                 for source in self.sources
             ],
         }  # fmt: skip
+
+
+class Hashes:
+    """64-bit hashes in the order they came, in constant memory."""
+
+    def __init__(self) -> None:
+        self._file = tempfile.SpooledTemporaryFile(_SPOOL_BYTES)  # noqa: SIM115
+        self.add = self._file.write
+
+    def __len__(self) -> int:
+        return self._file.seek(0, os.SEEK_END) // 8
+
+    def chunks(self) -> Iterator[bytes]:
+        """Give their bytes, up to a megabyte at a time; none may be added until all are read."""
+        self._file.seek(0)
+        return iter(partial(self._file.read, _SPOOL_BYTES), b"")
+
+    def distinct(self) -> Iterator[Any]:
+        """Yield each of them once, sorted, as arrays of uint64: of many a range at a time, in a pass over the file."""
+        import numpy as np
+
+        for number in range(num := len(self) * 8 // (4 * _SPOOL_BYTES) + 1):
+            parts = (np.frombuffer(chunk, np.uint64) for chunk in self.chunks())
+            yield np.unique(np.concatenate([part[(part >> 32) * num >> 32 == number] for part in parts] or [[]]))
+
+    def sort(self) -> memoryview:
+        """Give what is distinct in ascending order, mapped into memory from the disk; there must be some."""
+        with tempfile.TemporaryFile() as file:
+            file.writelines(part.tobytes() for part in self.distinct())
+            file.flush()
+            return memoryview(mmap(file.fileno(), 0, access=ACCESS_READ)).cast("Q")
 
 
 class Rejects:

@@ -205,7 +205,7 @@ def count_chars(text: Text) -> int:
     """The length of a text, or of all that the messages of a conversation say, in characters."""
     if isinstance(text, str):
         return len(text)
-    return sum(len(turn["content"]) if len(turn) == 2 else sum(map(len, iter_strings(turn))) for turn in text)
+    return sum([len(turn["content"]) if len(turn) == 2 else sum(map(len, iter_strings(turn))) for turn in text])
 
 
 # Digests and keys depend on content only (never on the place of a row, the Python version or the process), so that data

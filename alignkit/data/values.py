@@ -23,8 +23,9 @@ _TRAINED_KEYS = {
     **dict.fromkeys(("weight", "train", "training", "trainable", "loss", "learn", "loss_weight", "loss_mask"), True),
     **dict.fromkeys(("masked", "ignore", "no_loss"), False),
 }
+_OF_TURNS = {*ROLE_KEYS, *CONTENT_KEYS}
 _OTHER_KEYS = ("name", "tool_call_id", "tool_calls", "function_call", "tools")
-_KEYS = {*ROLE_KEYS, *CONTENT_KEYS, *REASONING_KEYS, *_TRAINED_KEYS, *_OTHER_KEYS}
+_KEYS = {*_OF_TURNS, *REASONING_KEYS, *_TRAINED_KEYS, *_OTHER_KEYS}
 # What cannot be honoured, unless it is empty: columns and keys of messages; keys of messages.
 _UNUSABLE_KEYS: dict[str, str] = KNOWN["unusable"] | KNOWN["unusable in messages"]
 # A turn that holds a question and its answer: which key is whose.
@@ -64,8 +65,7 @@ class Reading:
 
     def pick(self, *names: str) -> str:
         """Find the first of the names whose column holds something, or is there at all, or is the usual one."""
-        there = (name for name in names if name in self.record)
-        return self.first(*names) or next(there, names[0])
+        return self.first(*names) or next((name for name in names if name in self.record), names[0])
 
 
 def is_empty(value: object) -> bool:
@@ -177,7 +177,7 @@ def _split_sides(turns: list[Any]) -> list[Any]:
         if not all(type(turn) is list and len(turn) == 2 for turn in turns):
             return turns
         sides = [zip(("user", "assistant"), turn, strict=True) for turn in turns]
-    elif type(first) is dict and first and not first.keys() & {*ROLE_KEYS, *CONTENT_KEYS}:
+    elif type(first) is dict and first and _OF_TURNS.isdisjoint(first):
         names = _SIDES | ROLE_NAMES
         if not all(type(turn) is dict and all(key in names for key in turn) for turn in turns):
             return turns

@@ -70,9 +70,9 @@ class WordTokenizer:
         split = [None if _has_run(text) else text.replace(" ", "\0 ").split("\0") for text in texts]
         # The words that are new, and the texts that must be cut as a whole, all at once. Two words with newlines
         # between them are seldom seen again, and each of them often.
-        new = dict.fromkeys(word for word in chain.from_iterable(filter(None, split)) if word not in known)
+        new = set(chain.from_iterable(filter(None, split))).difference(known)
         cut = {word: self._lines.split(word) for word in new}
-        pieces = dict.fromkeys(piece for piece in chain.from_iterable(cut.values()) if piece not in known)
+        pieces = set(chain.from_iterable(cut.values())).difference(known)
         ids = iter(self._encode_all([*pieces, *(texts[at] for at, words in enumerate(split) if words is None)]))
         known.update((piece, next(ids).tobytes()) for piece in pieces)
         lookup = known.__getitem__
@@ -266,7 +266,7 @@ class Chat:
                 whole = source + target if one.spans else source
                 encoded.append(Encoded(whole, [(len(source), len(whole))] if one.spans else [], len(source)))
             return encoded
-        borders = [sorted({0, one.start, len(one.text), *(at for span in one.spans for at in span)}) for one in written]
+        borders = [sorted({0, one.start, len(one.text), *chain.from_iterable(one.spans)}) for one in written]
         if self._in_pieces:
             cut = [one.text[a:b] for one, cuts in zip(written, borders, strict=True) for a, b in pairwise(cuts)]
             pieces = iter(self._tokenize(cut))

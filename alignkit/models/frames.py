@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partialmethod
 from itertools import accumulate, chain
 from typing import Any, NoReturn
@@ -101,9 +100,10 @@ class Frame:
             places = {one.start, *chain.from_iterable(one.spans)}
             if any(mark.start() < place < mark.end() for mark in found for place in places):
                 raise Inspected
-            before = {place: sum(mark.end() <= place for mark in found) for place in places}  # how many marks
-            slots = [(mark.groups(), len(mark[0])) for mark in found]
-            self._texts.append((one, _MARK.split(one.text)[::6], slots, before))
+            sizes = {place: [len(mark[0]) for mark in found if mark.end() <= place] for place in places}
+            # Of a place: the characters before it that are no mark's, and how many marks there are.
+            fixed = {place: (place - sum(before), len(before)) for place, before in sizes.items()}
+            self._texts.append((one, _MARK.split(one.text)[::3], [mark.groups() for mark in found], fixed))
 
     def fill(self, contents: Sequence[str]) -> list[Any] | None:
         """Put contents into the frame; None where something else is true of them than of those it was learnt with."""
@@ -111,12 +111,13 @@ class Frame:
             if getattr(str, question)(_take(groups, contents), *given) != answer:
                 return None
         filled = []
-        for one, pieces, slots, before in self._texts:
-            texts = [_take(groups, contents) for groups, _ in slots]
-            moved = [0, *accumulate(len(text) - size for text, (_, size) in zip(texts, slots, strict=True))]
-            at = {place: place + moved[number] for place, number in before.items()}
-            whole = pieces[0] + "".join(chain.from_iterable(zip(texts, pieces[1:], strict=True)))
-            filled.append(replace(one, text=whole, spans=[(at[a], at[b]) for a, b in one.spans], start=at[one.start]))
+        for one, pieces, slots, fixed in self._texts:
+            texts = [_take(groups, contents) for groups in slots]
+            ends = [0, *accumulate(map(len, texts))]
+            at = {place: size + ends[number] for place, (size, number) in fixed.items()}
+            whole = pieces.copy()
+            whole[1::2] = texts
+            filled.append(type(one)("".join(whole), [(at[a], at[b]) for a, b in one.spans], at[one.start], one.plain))
         return filled
 
 

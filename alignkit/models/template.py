@@ -173,7 +173,7 @@ class Template:
         """Write a conversation with the answers that are learnt, which are those of its turns from `first` on.
         An answer that the template writes otherwise once later turns follow (without its thoughts, with another end)
         is learnt as generation produces it, in a text of its own that ends there; the whole conversation comes last."""
-        contents = [message.get("content") for message in messages if not message.keys() - _PLAIN]
+        contents = [message.get("content") for message in messages if _PLAIN.issuperset(message)]
         plain = all(type(text) is str and text.strip() and "think>" not in text for text in contents)
         if not self._has_frames or not plain or len(contents) < len(messages):
             return self._write(messages, first)

@@ -170,8 +170,8 @@ def _begin(setup: Setup, fingerprint: dict[str, Any], allow_change: Sequence[str
         },
     )  # fmt: skip
     if tables.prompts:  # an evaluation says which of its prompts this model was trained on
-        with disk_failures(run.path, run.prompts.name):
-            run.prompts.write_bytes(tables.prompts.tobytes())
+        with disk_failures(run.path, run.prompts.name), run.prompts.open("wb") as file:
+            file.writelines(tables.prompts.chunks())
     limit = stage.trainer.get("max_length") if lengths.first_cut else None
     previewed = preview_rows(trainer.train_dataset, trainer.data_collator, chat.tokenizer, limit=limit)
     write_json(run.preview, {"rows": previewed})

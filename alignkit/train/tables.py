@@ -4,7 +4,7 @@ same ones."""
 from __future__ import annotations
 
 import gc
-from array import array
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from alignkit import console
 from alignkit.data import DataReport, Problems, Rejects, Row, find_control_tokens, read_rows, split_eval, write_table
 from alignkit.data.load import first_rows, streams
+from alignkit.data.report import Hashes
 from alignkit.data.rows import as_rendered, escape_control_tokens, fingerprint_prompt, iter_contents
 from alignkit.errors import DataError
 from alignkit.models.chat import Chat, ConversationError, Written, find_tokenizer
@@ -45,7 +46,7 @@ class Tables:
     lengths: LengthReport
     eval_lengths: LengthReport | None = None
     eval_rows: list[Row] = field(default_factory=list)  # a few held-out (or else training) rows, for samples
-    prompts: array[int] = field(default_factory=lambda: array("Q"))  # fingerprints of those trained on
+    prompts: Hashes = field(default_factory=Hashes)  # fingerprints of those trained on
 
 
 def learn_vocabulary(stage: Stage) -> str | None:
@@ -66,10 +67,10 @@ def prepare_tables(stage: Stage, chat: Chat, cache: Path, *, rejects: Rejects) -
     """Read, check, split and tokenise the rows of a stage into memory-mapped tables below `cache`.
     Memory does not grow with the number of rows."""
     held_out, report, template = stage.training.eval, DataReport(), chat.has_template
-    prompts = array("Q")
+    prompts = Hashes()
 
     def remember(row: Row) -> Row:
-        prompts.append(fingerprint_prompt(row))
+        prompts.add(fingerprint_prompt(row).to_bytes(8, sys.byteorder))
         return row
 
     def write(name: str, rows: Iterable[Row], side: bool | None = None) -> tuple[Dataset | None, LengthReport, list]:
@@ -92,7 +93,7 @@ def prepare_tables(stage: Stage, chat: Chat, cache: Path, *, rejects: Rejects) -
         rows = read_rows(stage, stage.options.data, report=DataReport(), rejects=Rejects(), template=template)
         table, eval_lengths, first = write("eval.arrow", rows, side=True)
     elif isinstance(held_out, list):
-        known = set(report.prompt_hashes)
+        known = report.prompt_hashes.sort()
         rows = read_rows(stage, held_out, report=report, rejects=rejects, known_prompts=known, template=template)
         table, eval_lengths, first = write("eval.arrow", rows)
     share, most, longest = lengths.truncated_share, stage.training.max_truncated, lengths.longest_tokens

@@ -1,4 +1,4 @@
-"""Write rows as JSON lines, read them as a stage does, store them, and print the private memory in KiB at its peak.
+"""Write rows as JSON lines, prepare their tables as a stage does, and print the most private memory in KiB on the way.
 
 Run by test_store.py in a process of its own: million_rows.py DIRECTORY COUNT.
 """
@@ -7,18 +7,15 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
-from itertools import islice
+import threading
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).parent)]
+sys.path[:0] = [str(Path(__file__).resolve().parents[2])]
 
-from conftest import make_stage  # noqa: E402
-
-from alignkit.data import DataReport, Rejects, read_rows, write_table  # noqa: E402
-from alignkit.recipe.schema import DataSource  # noqa: E402
-
-_peak = 0
+from alignkit.data import Rejects  # noqa: E402
+from alignkit.models.chat import load_chat  # noqa: E402
+from alignkit.recipe import load_recipe, resolve  # noqa: E402
+from alignkit.train.tables import prepare_tables  # noqa: E402
 
 
 def private_kib() -> int:
@@ -27,24 +24,32 @@ def private_kib() -> int:
     return int(next(line for line in status.splitlines() if line.startswith("RssAnon")).split()[1])
 
 
-def batches(path: Path) -> Iterator[dict[str, list[list[int]]]]:
-    global _peak
-    rows = read_rows(make_stage("sft"), [DataSource(path=str(path))], report=DataReport(), rejects=Rejects())
-    while batch := list(islice(rows, 1000)):
-        yield {"input_ids": [list(str(row.completions[0]).encode()) for row in batch]}
-        _peak = max(_peak, private_kib())
-
-
 def main() -> None:
     directory, count = Path(sys.argv[1]), int(sys.argv[2])
-    path = directory / f"{count}.jsonl"
-    with path.open("w") as out:
-        for number in range(count):
-            out.write(json.dumps({"prompt": f"{number} + 1 =", "completion": f" {number + 1}"}) + "\n")
-    table = write_table(directory / f"{count}.arrow", batches(path))
-    assert len(table) == count
-    assert bytes(table[count - 1]["input_ids"]).decode() == f" {count}"
-    print(max(_peak, private_kib()))
+    for name, numbers in (("train", range(count)), ("eval", range(count - 10, count + 10))):
+        with (directory / f"{name}.jsonl").open("w") as out:
+            for number in numbers:
+                out.write(json.dumps({"prompt": f"{number} + 1 =", "completion": f" {number + 1}"}) + "\n")
+    recipe = directory / "r.yaml"
+    recipe.write_text(
+        "name: a\nmodel: {path: builtin:tiny-gpt2}\n"
+        f"sft: {{data: {directory}/train.jsonl, eval: {directory}/eval.jsonl}}\n"
+    )
+    stage, peak, ended = resolve(load_recipe(recipe), "sft"), private_kib(), threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not ended.wait(0.02):
+            peak = max(peak, private_kib())
+
+    watching = threading.Thread(target=watch)
+    watching.start()
+    tables = prepare_tables(stage, load_chat(stage), directory / "cache", rejects=Rejects())
+    report = tables.report.to_dict()
+    ended.set()
+    watching.join()
+    assert (len(tables.train), report["overlap"], report["duplicate_prompts"]) == (count, 10, 10)
+    print(max(peak, private_kib()))
 
 
 main()

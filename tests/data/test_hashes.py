@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+
+import pytest
+
+from alignkit.data import report
+from alignkit.data.report import Hashes
 from alignkit.data.rows import Row, digest_row, prompt_key
 
 
@@ -34,3 +40,19 @@ def test_no_text_can_pass_for_two() -> None:
 def test_one_user_turn_is_the_same_prompt_as_its_text() -> None:
     assert prompt_key(Row("pair", " Hi", ("a", "b"))) == prompt_key(Row("prompt", [message("user", "Hi")], ()))
     assert prompt_key(Row("prompt", [message("system", "Hi")], ())) != prompt_key(Row("prompt", "Hi", ()))
+
+
+def test_hashes_are_the_same_on_disk_as_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = [digest_row(Row("text", "", (f"{number % 700}",)))[:8] for number in range(1000)]
+    for held_bytes in (1 << 20, 64):
+        monkeypatch.setattr(report, "_SPOOL_BYTES", held_bytes)
+        hashes = Hashes()
+        for value in given:
+            hashes.add(value)
+        assert hashes._file._rolled is (held_bytes == 64)
+        assert len(hashes) == 1000
+        assert b"".join(hashes.chunks()) == b"".join(given)
+        distinct = sorted({int.from_bytes(value, sys.byteorder) for value in given})
+        assert [number for part in hashes.distinct() for number in part.tolist()] == distinct
+        assert list(hashes.sort()) == distinct
+    assert [len(part) for part in Hashes().distinct()] == [0]

@@ -244,7 +244,7 @@ def test_overlap_with_the_training_prompts_is_counted_and_placed(read: Read, lin
         "eval.jsonl", [{"prompt": [{"role": "user", "content": f"{n}+1= "}], "completion": "x"} for n in (8, 9, 10, 11)]
     )
     train = read("sft", "train.jsonl")
-    held_out = read("sft", "eval.jsonl", known_prompts=set(train.report.prompt_hashes))
+    held_out = read("sft", "eval.jsonl", known_prompts=train.report.prompt_hashes.sort())
     assert held_out.report.overlap == 2
     assert held_out.report.overlap_places == ["eval.jsonl:1", "eval.jsonl:2"]
     assert train.report.overlap == 0
