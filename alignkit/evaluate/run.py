@@ -44,6 +44,8 @@ def evaluate(
     began, target = time.monotonic(), find_target(source, trust_code=trust_code)
     seed = seed if seed is not None else int(target.stage.get("seed", 0))
     path = out.expanduser().absolute() if out else target.run.evaluation if target.run else None
+    if out is not None and out.is_dir():
+        raise UsageError(f"{out} is a directory; name the file of the figures", where="--out")
     cache = Store(path.with_name("eval-cache.jsonl") if path else None)
     space = Workspace(device, options.batch_size, trust_code, folder or Path.cwd(), cache)
     judged = path.with_name("eval-judged.jsonl") if path else None
@@ -71,7 +73,10 @@ def evaluate(
     data = describe(figures, seconds=time.monotonic() - began, warnings=space.warnings, **facts)
     if path is not None:
         with cache.exclusive():  # another evaluation of this run may be writing its figures
-            data = merge(read_record(path), data)
+            try:
+                data = merge(read_record(path), data)
+            except (AttributeError, TypeError):
+                console.warn(f"{path}: holds what is no figure of ours; none of it is kept")
             write_json(path, data)
     if out is None and target.run is not None:
         show(target.run)  # its page and its card show the figures

@@ -73,25 +73,21 @@ def find_key(source: FeedbackModel, *, where: str | None = None, key: str = "jud
     """Find the key for a server in the environment, None where there is none. Raises RecipeError for a variable that is
     named and not set; and for one that is not the host's own and was not allowed on the command line: a recipe alone
     cannot send somebody's variables away."""
-    host, name = place_of(str(source.url)), source.api_key_env
-    if name is None:
-        own = _OWN_KEYS.get(host, "")
-        return _as_header(own, where=where) if os.environ.get(own, "").strip() else None
-    if name != _OWN_KEYS.get(host) and name not in os.environ.get(ALLOWED, "").split():
+    host = place_of(str(source.url))
+    own = _OWN_KEYS.get(host, "")
+    name = source.api_key_env or own
+    value = os.environ.get(name, "").strip()  # a file that it came from may leave a line break
+    if source.api_key_env is None and not value:
+        return None
+    if name != own and name not in os.environ.get(ALLOWED, "").split():
         what = f"would send {name} to {host}; if that is meant, give --allow-key {name} on the command line"
         raise RecipeError(f"{key}.api_key_env {what}", where=where)
-    if not os.environ.get(name, "").strip():
+    if not value:
         what = f"the environment variable {name} is not set; export {name}=... first"
         raise RecipeError(f"{key}.api_key_env: {what}", where=where)
-    return _as_header(name, where=where)
-
-
-def _as_header(name: str, *, where: str | None) -> str:
-    """Read a key without the line break of the file it came from; RecipeError where a header cannot hold it."""
-    value = os.environ[name].strip()
     if not (value.isascii() and value.isprintable() and " " not in value):
-        what = "holds a blank or a character that is not ASCII, which no key has"
-        raise RecipeError(f"the environment variable {name} {what}; export it anew", where=where)
+        what = f"the environment variable {name} holds a blank or a character that is not ASCII, which no key has"
+        raise RecipeError(f"{what}; export it anew", where=where)
     return value
 
 

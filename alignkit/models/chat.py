@@ -456,7 +456,10 @@ def _read_template(name: str, tokenizer: PreTrainedTokenizerFast, *, where: str 
         if not (file := Path(name).expanduser()).is_file():
             what = f"model.chat_template {name!r} is neither a file nor one of {', '.join(TEMPLATES)}"
             raise ModelError(what, where=where)
-        return file.read_text(encoding="utf-8")
+        try:
+            return file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ModelError(f"is not UTF-8 text: {error}; save it as UTF-8", where=str(file)) from error
     text = TEMPLATES[name].read_text(encoding="utf-8")
     needs = re.findall(r"<\|\w+\|>", text.partition("#}")[0])
     if missing := [token for token in needs if token not in tokenizer.get_vocab()]:

@@ -83,6 +83,9 @@ def test_rows_that_are_no_items_are_all_named(tmp_path: Path) -> None:
     rows = [
         {"context": "a", "completion": "b"}, {"text": "x"}, {"context": "a", "completion": "c", "choices": ["d"]},
         {"context": "a", "completion": " b", "choices": [" b", " c"]},
+        {"context": "a", "completion": " b", "choices": [" b", " c", " b"]},
+        {"context": "a", "completion": " b", "choices": [" b"]}, {"context": "a", "completion": " b\nc"},
+        {"context": "a \ud800", "completion": " b"}, {"context": "a", "completion": " b\n"},
     ]  # fmt: skip
     with pytest.raises(DataError) as caught:
         read_task(_write(tmp_path / "bad.jsonl", rows))
@@ -90,6 +93,10 @@ def test_rows_that_are_no_items_are_all_named(tmp_path: Path) -> None:
         ":2: needs the texts context and completion; the row has text",
         ":3: choices: the completion 'c' is not one of them",
         ":4: choices: the first item has none, this one differs; items with and without are two tasks",
+        ":5: choices: must be two or more, each of them once",
+        ":6: choices: must be two or more, each of them once",
+        ":7: completion: has several lines, and an answer ends with its first; give choices",
+        ":8: a text holds half of a surrogate pair, which is not valid Unicode",
     ]
     with pytest.raises(DataError, match="there is no such task"):
         read_task(tmp_path / "none.jsonl")

@@ -161,6 +161,30 @@ def test_a_repeated_prompt_is_asked_once_and_a_text_of_one_token_is_left_out(pol
     assert [line for line in data["warnings"] if "perplexity leaves out 1 of 2 texts" in line]
 
 
+def test_a_task_and_a_number_of_examples_given_twice_are_measured_once(policy_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "task.jsonl").write_text('{"context": "Q", "completion": " a", "choices": [" a", " b"]}\n')
+    task, out = str(tmp_path / "task.jsonl"), tmp_path / "figures.json"
+    options = EvaluateOptions(metrics=["tasks"], tasks=[task, task], shots=[0, 0])
+    names = [each["metric"] for each in evaluate(str(policy_dir), options, device="cpu", out=out)["results"]]
+    assert names == ["likelihood_accuracy", "likelihood_accuracy_sum"]
+    with pytest.raises(UsageError, match="is a directory; name the file of the figures"):
+        evaluate(str(policy_dir), options, device="cpu", out=tmp_path)
+
+
+@pytest.mark.parametrize("wrong", [{"results": None}, {"results": ["x"]}, {"results": [{"settings": None}]}])
+def test_figures_that_are_none_of_ours_are_replaced_with_a_word(
+    policy_dir: Path, tmp_path: Path, capsys: Any, wrong: dict[str, Any]
+) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"text": "some text to predict"}\n')
+    options = EvaluateOptions(metrics=["perplexity"], data=[{"path": str(tmp_path / "rows.jsonl")}])
+    out = tmp_path / "figures.json"
+    first = evaluate(str(policy_dir), options, device="cpu", out=out)
+    out.write_text(json.dumps(first | wrong))
+    assert evaluate(str(policy_dir), options, device="cpu", out=out)["results"] == first["results"]
+    assert f"{out}: holds what is no figure of ours; none of it is kept" in capsys.readouterr().err
+    assert json.loads(out.read_text())["results"] == first["results"]
+
+
 def test_a_reward_model_gets_accuracy_calibration_and_baselines(reward_dir: Path) -> None:
     data = _measure(reward_dir, data=[DataSource(path="builtin:preferences", split="test")])
     whole = ["reward_accuracy", "calibration_error", "pair_accuracy_longer", "pair_accuracy_shorter"]

@@ -38,6 +38,9 @@ def test_template_that_needs_tokens_the_vocabulary_lacks_is_refused(make_stage: 
 def test_template_of_a_file_or_of_a_name_nobody_knows(make_stage: MakeStage, tmp_path: Path) -> None:
     (tmp_path / "mine.jinja").write_text("{{ messages }}")
     assert load_tokenizer(make_stage(chat_template=str(tmp_path / "mine.jinja"))).chat_template == "{{ messages }}"
+    (tmp_path / "old.jinja").write_bytes("é {{ messages }}".encode("latin-1"))
+    with pytest.raises(ModelError, match="old.jinja: is not UTF-8 text: .*; save it as UTF-8"):
+        load_tokenizer(make_stage(chat_template=str(tmp_path / "old.jinja")))
     with pytest.raises(ModelError, match="'alpaca' is neither a file nor one of chatml, llama3, plain, zephyr"):
         load_tokenizer(make_stage(chat_template="alpaca"))
 

@@ -36,8 +36,8 @@ def _read_tasks(context: Context) -> dict[str, list[Item]]:
 
 def measure(context: Context) -> list[Figure]:
     options, seed, own, figures = context.options, context.seed, _read_tasks(context), []
-    policy, shots, max_rows = context.policy, options.shots, options.max_rows
-    for task in options.tasks:
+    policy, shots, max_rows = context.policy, list(dict.fromkeys(options.shots)), options.max_rows
+    for task in dict.fromkeys(options.tasks):
         if task in own:
             found = measure_few_shot(policy, own[task], shots=shots, seed=seed, resamples=options.resamples)
         else:
@@ -77,16 +77,22 @@ def read_task(path: Path, *, max_rows: int | None = None) -> list[Item]:
                 raise BadRow(f"needs the texts context and completion; the row has {', '.join(record) or 'nothing'}")
             if not isinstance(choices, list) or any(not isinstance(choice, str) or not choice for choice in choices):
                 raise BadRow("choices: must be a list of texts")
+            if not choices and "\n" in completion.strip():
+                raise BadRow("completion: has several lines, and an answer ends with its first; give choices")
             if choices and completion not in choices:
                 raise BadRow(f"choices: the completion {completion!r} is not one of them")
+            if len(set(choices)) < len(choices) or len(choices) == 1:
+                raise BadRow("choices: must be two or more, each of them once")
             if not isinstance(answer_context := record.get("answer_context"), str | None):
                 raise BadRow("answer_context: must be a text")
             if items and bool(choices) != bool(items[0].choices):
                 first = "has" if items[0].choices else "has none"
                 raise BadRow(f"choices: the first item {first}, this one differs; items with and without are two tasks")
+            "".join([context, completion, *choices, answer_context or ""]).encode()
             items.append(Item(context, completion, tuple(choices), answer_context))
-        except BadRow as bad:
-            problems.append(Problem(bad.reason, place))
+        except (BadRow, UnicodeEncodeError) as bad:
+            half = "a text holds half of a surrogate pair, which is not valid Unicode"
+            problems.append(Problem(bad.reason if isinstance(bad, BadRow) else half, place))
         if len(items) == max_rows:
             break
     if problems or not items:
