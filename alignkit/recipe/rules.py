@@ -168,7 +168,7 @@ def judge_problems(key: str, source: Any, *, is_judge: bool) -> Iterator[Finding
         yield f"{key}.engine", f"has no effect with {kind}; it says what runs a model on this machine"
     if kind != "url":
         return
-    url, variable, advice = given["url"], given.get("api_key_env"), ""
+    url, advice = given["url"], ""
     try:
         if urlsplit(url).port == 0 or not re.fullmatch(r"https?://[^/\\\s?#@]+(/[^\s?#]*)?", url):
             raise ValueError(url)
@@ -180,8 +180,6 @@ def judge_problems(key: str, source: Any, *, is_judge: bool) -> Iterator[Finding
         yield f"{key}.url", f"is {redact(url)}; {advice}"
     if given.get("name") is None:
         yield key, "has a url without name; say which of the server's models is meant"
-    if variable is not None and not variable.endswith(("_API_KEY", "_TOKEN")):
-        yield f"{key}.api_key_env", f"is {variable}; only variables that end in _API_KEY or _TOKEN are sent to a server"
     if given.get("max_cost") is not None and given.get("price") is None:
         yield f"{key}.max_cost", "needs price: {input, output}, per million tokens"
 

@@ -96,7 +96,10 @@ def predict(
     if isinstance(options, PpoOptions) and options.advantage == "gae":
         begins = options.critic_start  # else a head on the policy
         if (begins != "head") if full else (begins == "reward" and on_base):
-            held["critic"] = copied + trained + state  # with its gradients and their state
+            text = config.get_text_config()
+            head = 0 if config.tie_word_embeddings or not full else text.vocab_size * text.hidden_size
+            # With its gradients and their state, and without the LM head.
+            held["critic"] = (copied + trained + state) * (1 - head / found.trained["number"])
     held |= foreign
     divided = {name: _divide({**parts, **held}, stage, found, device, config) for name, parts in phases.items()}
     moment = max(divided, key=lambda name: sum(divided[name].values()))

@@ -404,11 +404,11 @@ def test_a_wait_without_end_is_bounded_and_said(capsys: pytest.CaptureFixture[st
 
 
 def test_a_key_goes_to_its_own_host_or_where_the_command_line_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("HF_TOKEN", "OPENAI_API_KEY", "MY_TOKEN"):
+    for name in ("HF_TOKEN", "OPENAI_API_KEY", "MY_KEY"):
         monkeypatch.setenv(name, f"{KEY}-{name}")
     for name, value in (("OPENAI_ORG_ID", "org-1"), ("OPENAI_CUSTOM_HEADERS", "X-Mine: 1\nAuthorization: Bearer own")):
         monkeypatch.setenv(name, value)
-    monkeypatch.setenv(ALLOWED, "MY_TOKEN")
+    monkeypatch.setenv(ALLOWED, "MY_KEY")
 
     def key(url: str, variable: str | None = None) -> str | None:
         return find_key(FeedbackModel(url=url, name="m", api_key_env=variable))
@@ -419,12 +419,12 @@ def test_a_key_goes_to_its_own_host_or_where_the_command_line_says(monkeypatch: 
         assert key(url) is None
         with pytest.raises(RecipeError, match=r"judge.api_key_env would send OPENAI_API_KEY to http.*--allow-key"):
             key(url, "OPENAI_API_KEY")
-    with Server(key=f"{KEY}-MY_TOKEN") as server:
+    with Server(key=f"{KEY}-MY_KEY") as server:
         with pytest.raises(RecipeError, match="would send HF_TOKEN"):
             connect(server, api_key_env="HF_TOKEN")
-        assert len(decide(connect(server, api_key_env="MY_TOKEN")[0], QUESTIONS[:1])) == 1
+        assert len(decide(connect(server, api_key_env="MY_KEY")[0], QUESTIONS[:1])) == 1
         sent = {name.lower(): value for name, value in server.headers[0].items()}
-        assert sent["authorization"] == f"Bearer {KEY}-MY_TOKEN"
+        assert sent["authorization"] == f"Bearer {KEY}-MY_KEY"
         assert not [name for name in sent if name.startswith(("openai", "x-mine"))]
     with Server() as server:
         decide(connect(server)[0], QUESTIONS[:1])

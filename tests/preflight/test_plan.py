@@ -237,6 +237,16 @@ def test_deepspeed_has_the_policy_of_ppo_alone(plan: Callable[..., Plan]) -> Non
         assert found[name]["reference"] == pytest.approx(whole["reference"] / reference)
 
 
+def test_a_critic_of_its_own_has_no_lm_head(plan: Callable[..., Plan], shapes: Path, tmp_path: Path) -> None:
+    config = json.loads((shapes / "small/config.json").read_text())
+    for tied, head in ((True, 0.0), (False, 4 * 128_256 * 512 / GIB)):  # float32
+        (tmp_path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": tied}))
+        text = f"model: {{path: {tmp_path}}}\n"
+        text += "ppo: {data: builtin:prompts, batch_size: 8, reward: builtin:true-reward, advantage: gae}\n"
+        parts = plan(text, tokens=64).stages[0]["parts"]
+        assert parts["critic"] == pytest.approx(4 * (parts["weights"] - head), rel=1e-4)
+
+
 def two_processes() -> Iterator[Any]:
     """What the allocators of two real processes counted: how they trained, and MiB predicted and of either."""
     text = (ROOT / "tests" / "benchmarks" / "SHARDS.md").read_text(encoding="utf-8")

@@ -177,7 +177,7 @@ def test_how_a_judge_is_asked_does_not_change_the_fingerprint(load: Load) -> Non
         judge = f"  train: ppo\n  critique: false\n  judge: {{url: 'http://h/v1', name: m{more}}}\n"
         return resolve(load(HEAD + RLAIF.replace("  judge: sft\n", judge)), "rlaif-ppo").fingerprint_values()
 
-    assert values("") == values(", concurrency: 2, max_cost: 3, price: {input: 1, output: 1}, api_key_env: A_TOKEN")
+    assert values("") == values(", concurrency: 2, max_cost: 3, price: {input: 1, output: 1}, api_key_env: MY_KEY")
     assert values("") != values(", api: completions")
 
 
