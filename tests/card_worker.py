@@ -25,8 +25,9 @@ from transformers import T5Config
 from alignkit.models.frozen import score_ids
 from alignkit.models.generation import generate_answers, stream_tokens
 from alignkit.models.heads import ScoreHead
-from alignkit.models.logprobs import Sampling, pad_answers, score_tokens
+from alignkit.models.logprobs import Sampling, pad_answers
 from alignkit.models.parameters import take_probe
+from alignkit.models.scoring import score_tokens
 from alignkit.models.start import builtin_config, builtin_tokenizer, choose_family, random_model
 from alignkit.recipe import load_recipe, resolve
 from alignkit.runs.directory import RunDir

@@ -12,7 +12,7 @@ from alignkit.models.chat import Chat, ConversationError
 from alignkit.models.frozen import Causal, fingerprint_causal, load_causal
 from alignkit.models.generation import generate_answers, usual_length
 from alignkit.models.hub import quiet_transformers
-from alignkit.models.logprobs import can_share, follow_greedily, score_tokens
+from alignkit.models.scoring import can_share, follow_greedily, score_tokens
 from alignkit.rewards.base import Workspace, collect_memory
 
 _FAR = 10**9

@@ -20,7 +20,7 @@ from alignkit.models.chat import Chat
 from alignkit.models.files import find_model_dir, inspect_model_dir, is_builtin
 from alignkit.models.frozen import fingerprint_causal, load_causal, load_tokenizer_of
 from alignkit.models.generation import generate_answers
-from alignkit.models.logprobs import iter_scores
+from alignkit.models.scoring import iter_scores
 from alignkit.runs.heartbeat import pulse
 
 

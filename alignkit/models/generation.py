@@ -22,7 +22,8 @@ from transformers.generation.continuous_batching import cb_logits_processors as 
 from alignkit.console import Meter
 from alignkit.errors import ModelError
 from alignkit.models.hub import quiet_transformers
-from alignkit.models.logprobs import RoomyLayer, keep_likeliest, make_cache, pad
+from alignkit.models.kernels import RoomyLayer, make_cache
+from alignkit.models.logprobs import keep_likeliest, pad
 
 _TAIL = 24  # new tokens that are looked at for an end
 

@@ -333,3 +333,30 @@ def test_packed_layers_that_are_computed_again_for_the_gradients_give_the_same(k
     inputs = {"input_ids": ids, "attention_mask": mask, "labels": labels, "fused_lm_head": True}
     check_equal(models, lambda model: model(**inputs, use_cache=False).log_probs)
     assert seen == [(1, 31)] * 2  # forward, and again on the way back
+
+
+@torch.no_grad()
+def test_a_cache_with_room_gives_the_logits_that_a_growing_one_gives() -> None:
+    from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
+
+    torch.manual_seed(3)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**sizes, vocab_size=200, intermediate_size=64)).eval()
+    draw = torch.Generator().manual_seed(4)
+    caches = [kernels.make_cache(model), DynamicCache(config=model.config)]
+    num_rows, moved = 3, set()
+    # More than there is room for; of one row; other rows of the same number, and fewer.
+    for step, (width, chosen) in enumerate(
+        [(7, None), (1, None), (40, [2, 1, 0]), (1, [2, 0]), (1, None), (3, [0, 0, 1]), (1, [1, 2, 0]), (1, None)]
+    ):
+        if chosen is not None:
+            num_rows = len(chosen)
+            for cache, select in zip(caches, ("batch_select_indices", "reorder_cache"), strict=True):
+                getattr(cache, select)(torch.tensor(chosen))
+        ids_BT = torch.randint(200, (num_rows, width), generator=draw)
+        ours, theirs = (model(ids_BT, past_key_values=cache, use_cache=True).logits for cache in caches)
+        assert torch.allclose(ours, theirs, atol=1e-6, rtol=0), step
+        moved.add(caches[0].layers[0].keys.data_ptr())
+        for mine, other in zip(caches[0].layers, caches[1].layers, strict=True):
+            assert torch.equal(mine.keys, other.keys) and torch.equal(mine.values, other.values)
+    assert len(moved) < 8  # not all steps copy

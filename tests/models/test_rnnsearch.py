@@ -13,8 +13,8 @@ from transformers import AutoModelForSeq2SeqLM
 
 from alignkit.models.chat import Chat, ConversationError
 from alignkit.models.generation import generate_answers
-from alignkit.models.logprobs import score_tokens
 from alignkit.models.rnnsearch import RnnSearchConfig, RnnSearchForConditionalGeneration
+from alignkit.models.scoring import score_tokens
 from alignkit.models.start import learn_tokenizer, learnt_tokenizer
 from alignkit.train.recorder import align
 
