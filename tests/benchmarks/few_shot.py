@@ -28,6 +28,8 @@ _BATCH = 16
 
 def measure_few_shot(directory: Path, *, runs: int) -> list[Row]:
     """Compare items per second; medians over rounds."""
+    from transformers import AutoModelForCausalLM
+
     from alignkit.evaluate.metrics.tasks import Item, write_prompt
     from alignkit.evaluate.policy import Policy
 
@@ -47,7 +49,7 @@ def measure_few_shot(directory: Path, *, runs: int) -> list[Row]:
     def score_plainly(policy: Policy, contexts: Sequence[str], tails: Sequence[str]) -> list[float]:
         tokenizer = policy.loaded.tokenizer
         asked = zip(*(tokenizer(texts, add_special_tokens=False).input_ids for texts in (contexts, tails)), strict=True)
-        return _score_each(policy.loaded.model, list(asked), int(tokenizer.pad_token_id))
+        return _score_each(plain, list(asked), int(tokenizer.pad_token_id))
 
     def read_again(policy: Policy) -> list[float]:
         return score_plainly(policy, contexts, choices)
@@ -66,12 +68,13 @@ def measure_few_shot(directory: Path, *, runs: int) -> list[Row]:
 
     def script(policy: Policy) -> list[bool]:
         score_plainly(policy, prompts, wanted)
-        texts = _answer_each(policy.loaded.model, policy.loaded.tokenizer, prompts, max(map(len, wanted)) + 8)
+        texts = _answer_each(plain, policy.loaded.tokenizer, prompts, max(map(len, wanted)) + 8)
         return [text.split("\n", 1)[0].strip() == each.strip() for text, each in zip(texts, wanted, strict=True)]
 
     rows = []
     for size, (hidden, layers, _, _) in SIZES.items():
         model = write_model(directory / f"model-{hidden}", hidden_size=hidden, num_layers=layers, positions=4096)
+        plain = AutoModelForCausalLM.from_pretrained(model).eval()  # ours leaves out padding and repeats
         for what, theirs, ways in (
             (f"few-shot, {_CHOICES} choices", "the context read for each choice", (share, read_again)),
             ("few-shot exact match", "a script's read to score and one to answer", (once, script)),
