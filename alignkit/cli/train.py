@@ -33,7 +33,8 @@ def refuse_secret(out: Path | None) -> Path | None:
     from alignkit.errors import UsageError
 
     if out is not None and holds_secret(str(out)):
-        raise UsageError("holds what looks like a secret, and a run's records name its directory", where="--out")
+        what = "holds what looks like a secret, and a run's records name its directory; choose another"
+        raise UsageError(what, where="--out")
     return out
 
 

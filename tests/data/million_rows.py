@@ -44,11 +44,14 @@ def main() -> None:
 
     watching = threading.Thread(target=watch)
     watching.start()
-    tables = prepare_tables(stage, load_chat(stage), directory / "cache", rejects=Rejects())
+    chat = load_chat(stage)
+    tables = prepare_tables(stage, chat, directory / "cache", rejects=Rejects())
     report = tables.report.to_dict()
     ended.set()
     watching.join()
     assert (len(tables.train), report["overlap"], report["duplicate_prompts"]) == (count, 10, 10)
+    last = chat.tokenizer.decode(tables.train[count - 1]["input_ids"])
+    assert f"{count - 1} + 1 =" in last and f"{count}<" in last
     print(max(peak, private_kib()))
 
 

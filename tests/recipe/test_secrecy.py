@@ -53,7 +53,7 @@ def test_a_secret_as_the_name_of_a_run_is_refused(run_alignkit: Callable[..., An
     (tmp_path / "a.yaml").write_text("model: builtin:tiny-gpt2\nsft: {data: builtin:instructions}\n")
     for command in (("sft", "-r", "a.yaml"), ("eval", "builtin:tiny-gpt2"), ("merge", "runs/a")):
         done = run_alignkit(*command, "--out", f"runs/{SECRETS[0]}")
-        said = "error: --out: holds what looks like a secret, and a run's records name its directory\n"
+        said = "error: --out: holds what looks like a secret, and a run's records name its directory; choose another\n"
         assert (done.returncode, done.stdout, done.stderr) == (2, "", said)
     assert [path.name for path in tmp_path.iterdir()] == ["a.yaml"]
 
