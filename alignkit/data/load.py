@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from alignkit.data.adapters import ANSWERS, ASKED, LABELS, SCORES
 from alignkit.data.files import Entry, Record, read_file
 from alignkit.data.formats import Detector, Format, Parsed, rename_columns
-from alignkit.data.report import DataReport, Problems, Rejects, SourceReport
+from alignkit.data.report import DataReport, Problems, Rejects, Seen, SourceReport
 from alignkit.data.rows import METHOD_KINDS, BadRow, Row, as_text, as_turns, digest_row, prompt_key, take_prompt
 from alignkit.data.sources import Located, locate, read_entries
 from alignkit.data.store import keep_parsed
@@ -43,7 +43,7 @@ def read_rows(
     Raises DataError at once for sources that cannot be read, after the last row for rows that do not fit."""
     skipped = rejects if stage.options.on_bad_row == "skip" else None
     problems = Problems(skipped, at_once=not report.remembers)
-    seen = set[bytes]() if stage.options.dedupe else None
+    seen = Seen() if stage.options.dedupe else None
     method = method or stage.task or stage.method
     kinds: Counter[str] = Counter()  # of this call; the report may hold the rows of another one too
     chosen = [_Source(located, stage, method, problems, template) for located in locate(sources)]
@@ -231,7 +231,7 @@ class _Source:
         if not problems.at_once:  # a stream may be longer than a disk
             self._parsed = keep_parsed(located, (method, *flags.values()), self._parsed)
 
-    def iter_good(self, seen: set[bytes] | None) -> Iterator[tuple[Row, bytes, Format]]:
+    def iter_good(self, seen: Seen | None) -> Iterator[tuple[Row, bytes, Format]]:
         """Yield the first max_rows good rows that are not in `seen`, adding them to it."""
         counts, accepted, problems = self.counts, METHOD_KINDS[self._method], self._problems
         skips, taken, only = problems.skipped is not None, 0, None
@@ -266,11 +266,9 @@ class _Source:
                 counts.rejected += 1
                 counts.equal_answers += parsed.equal_answers
                 problems.add_row(parsed.place, parsed.reason)
-            elif seen is not None and parsed.digest[:8] in seen:
+            elif seen is not None and not seen.add(parsed.digest):
                 counts.duplicates_dropped += 1
             else:
-                if seen is not None:
-                    seen.add(parsed.digest[:8])
                 yield parsed.row, parsed.digest, form
                 taken += 1
                 if taken == self.source.max_rows:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -169,6 +170,27 @@ class Hashes:
             file.writelines(part.tobytes() for part in self.distinct())
             file.flush()
             return memoryview(mmap(file.fileno(), 0, access=ACCESS_READ)).cast("Q")
+
+
+class Seen:
+    """Digests of rows, each once, in a table on disk (SQLite): with any number of them it takes 16 MiB of memory."""
+
+    def __init__(self) -> None:
+        import sqlite3
+
+        self._table = sqlite3.connect("", isolation_level=None, check_same_thread=False)  # a temporary file
+        self._table.executescript(
+            "PRAGMA journal_mode = OFF; PRAGMA cache_size = -16384;"
+            "CREATE TABLE seen (digest BLOB PRIMARY KEY) WITHOUT ROWID; BEGIN"
+        )
+        self._full = sqlite3.OperationalError
+
+    def add(self, digest: bytes) -> bool:
+        """Add one; tell whether it is new. Raises OSError where the disk is full."""
+        try:
+            return self._table.execute("INSERT OR IGNORE INTO seen VALUES (?)", (digest,)).rowcount == 1
+        except self._full as error:
+            raise OSError(errno.ENOSPC, str(error), tempfile.gettempdir()) from error
 
 
 class Rejects:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import sys
+from hashlib import blake2b
+from pathlib import Path
 
 import pytest
 
 from alignkit.data import report
-from alignkit.data.report import Hashes
+from alignkit.data.report import Hashes, Seen
 from alignkit.data.rows import Row, digest_row, prompt_key
+from alignkit.errors import DiskError, explain
 
 
 def message(role: str, content: str) -> dict[str, str]:
@@ -56,3 +59,26 @@ def test_hashes_are_the_same_on_disk_as_in_memory(monkeypatch: pytest.MonkeyPatc
         assert [number for part in hashes.distinct() for number in part.tolist()] == distinct
         assert list(hashes.sort()) == distinct
     assert [len(part) for part in Hashes().distinct()] == [0]
+
+
+def test_seen_rows_are_told_from_new_ones_in_constant_memory() -> None:
+    def private_kib() -> int:
+        status = Path("/proc/self/status").read_text()
+        return int(next(line for line in status.splitlines() if line.startswith("RssAnon")).split()[1])
+
+    seen, before = Seen(), private_kib()
+    for number in range(500_000):
+        assert seen.add(blake2b(number.to_bytes(8, "big"), digest_size=16).digest())
+    assert private_kib() - before < 24 * 1024  # a set of them took 46 MiB
+    assert not any(
+        seen.add(blake2b(number.to_bytes(8, "big"), digest_size=16).digest()) for number in range(0, 500_000, 999)
+    )
+
+
+def test_a_full_disk_of_seen_rows_is_a_disk_error() -> None:
+    seen = Seen()
+    seen._table.execute("PRAGMA max_page_count = 8")  # SQLite's answer is that of a full disk
+    with pytest.raises(OSError, match="full") as caught:
+        for number in range(10_000):
+            seen.add(number.to_bytes(16, "big"))
+    assert isinstance(explain(caught.value), DiskError)
