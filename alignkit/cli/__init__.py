@@ -82,7 +82,7 @@ def main() -> int:
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     quiet_libraries()
     if SUPERVISED in os.environ:
-        from alignkit.runs.heartbeat import attach
+        from alignkit.runs.signals import attach
 
         attach()
     place: dict[str, Path] = {}
@@ -159,7 +159,7 @@ _WAIT_SECONDS = 5  # before leaving with what another process reports: torchrun 
 def _leave(code: int, problems: list[str] | None = None, *, unexpected: bool = False, shared: bool = False) -> int:
     """Say what is left to say and return the exit code; a supervised process writes it down instead."""
     if SUPERVISED in os.environ:
-        from alignkit.runs.heartbeat import leave
+        from alignkit.runs.signals import leave
 
         return leave(code, problems or (), unexpected=unexpected, shared=shared)
     if problems:

@@ -22,7 +22,7 @@ from alignkit.errors import RunError
 from alignkit.feedback.prompts import Request
 from alignkit.feedback.writer import Decision, Job, Model, Reply, Sampling
 from alignkit.runs.files import disk_failures, open_own, scan_lines, tell_bad_lines
-from alignkit.runs.stop import Stop
+from alignkit.runs.signals import Stop
 
 Record = dict[str, Any]
 _Batch = list[tuple[int, Mapping[str, Any]]]  # records that came together, by the number of their question

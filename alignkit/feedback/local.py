@@ -21,7 +21,7 @@ from alignkit.models.files import find_model_dir, inspect_model_dir, is_builtin
 from alignkit.models.frozen import fingerprint_causal, load_causal, load_tokenizer_of
 from alignkit.models.generation import generate_answers
 from alignkit.models.scoring import iter_scores
-from alignkit.runs.heartbeat import pulse
+from alignkit.runs.signals import pulse
 
 
 class Encoder:

@@ -29,7 +29,7 @@ from alignkit.errors import EnvironmentProblem, JudgeError, RecipeError
 from alignkit.feedback.prompts import Request, cut_at
 from alignkit.feedback.writer import Batches, Decision, Job, Reply, Sampling, Spending, TokenChances, read_decision
 from alignkit.recipe.schema import FeedbackModel
-from alignkit.runs.heartbeat import pulse
+from alignkit.runs.signals import pulse
 
 ALLOWED = "ALIGNKIT_ALLOW_KEY"  # --allow-key, which every process of a run inherits
 _SERVERS = json.loads(Path(__file__).with_name("servers.json").read_text(encoding="utf-8"))

@@ -30,7 +30,7 @@ from alignkit.runs.directory import (
 )
 from alignkit.runs.files import replacing, write_json
 from alignkit.runs.record import JsonLines, git_state, versions
-from alignkit.runs.stop import Stop, stop_between_answers
+from alignkit.runs.signals import Stop, stop_between_answers
 
 ROWS, STORE, REPORT = "rows.jsonl", "feedback.jsonl", "report.json"
 LABELS = "labels.jsonl"  # every comparison with what was said of it; rows.jsonl holds what is trained on

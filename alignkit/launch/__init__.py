@@ -17,8 +17,8 @@ from alignkit.preflight.requirements import require_ready
 from alignkit.recipe import Stage
 from alignkit.recipe.methods import FEEDBACK, ROOMS
 from alignkit.runs.directory import Result, RunDir, compare_fingerprints, open_run, set_aside
-from alignkit.runs.heartbeat import is_worker
 from alignkit.runs.record import began, record_warnings
+from alignkit.runs.signals import is_worker
 from alignkit.train.fingerprint import fingerprint_stage, unread
 
 _STRAY_SECONDS = 45.0

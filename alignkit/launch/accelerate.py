@@ -16,7 +16,7 @@ from alignkit.launch.placement import Command, Placement, mixed_precision, pick_
 from alignkit.preflight.requirements import require_ready
 from alignkit.recipe import Stage
 from alignkit.runs.directory import RunDir
-from alignkit.runs.heartbeat import is_worker
+from alignkit.runs.signals import is_worker
 
 CONFIG = "accelerate.yaml"
 DEEPSPEED_CONFIG = "deepspeed.json"

@@ -21,11 +21,10 @@ from alignkit.launch import accelerate
 from alignkit.launch.placement import LOOPBACK, Command, Placement
 from alignkit.launch.supervise import Supervisor, abort, make_error
 from alignkit.preflight.requirements import require_ready
-from alignkit.runs import checkpoints
-from alignkit.runs.directory import Result, RunDir, read_result
+from alignkit.runs.directory import Result, RunDir, newest_step, read_result
 from alignkit.runs.files import disk_failures, read_record, write_json
 from alignkit.runs.record import count_cores, record_warnings
-from alignkit.runs.stop import hearing, stopped_by
+from alignkit.runs.signals import hearing, stopped_by
 
 # A process died or hung, was killed, was told to end while this one was not. Anything else would happen again.
 RETRIED = frozenset({6, 137, 143})
@@ -85,7 +84,7 @@ class Job:
             except AlignKitError as error:
                 if error.exit_code not in RETRIED or self._received or number == retries:
                     raise
-                newest = checkpoints.newest_step(self._run.checkpoints)
+                newest = newest_step(self._run.checkpoints)
                 if newest == before:
                     text = f"{error}; no new checkpoint since the try before, so it is not started again"
                     raise make_error(error.exit_code, [text]) from error

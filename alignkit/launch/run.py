@@ -23,10 +23,9 @@ from alignkit.recipe.methods import FEEDBACK, ROOMS
 from alignkit.recipe.schema import EvaluateOptions
 from alignkit.recipe.sections import ROWS
 from alignkit.recipe.trl_fields import method_fields
-from alignkit.runs import checkpoints
-from alignkit.runs.directory import Result, RunDir, find_damaged_product
+from alignkit.runs.directory import Result, RunDir, find_damaged_product, newest_step
 from alignkit.runs.files import read_json, read_record, write_json, write_text
-from alignkit.runs.heartbeat import is_worker
+from alignkit.runs.signals import is_worker
 
 MEASURE = "evaluate"  # the last step of a run, in tables
 _FAILURES = (3, 4, 5, 6, 7)  # not finite, disk, memory, a process, the judge
@@ -290,7 +289,7 @@ def _decide(command: Command, before: dict[str, Will], *, force: bool) -> tuple[
     if run.is_finished():
         reason = find_damaged_product(run.path) or (None if makes_rows else room.find_longer(stage, run))
         return ("go on", reason) if reason else ("leave alone", "finished, nothing has changed")
-    newest = checkpoints.newest_step(run.checkpoints)
+    newest = newest_step(run.checkpoints)
     return "go on", "not finished" if newest is None else f"stopped; step {newest} is saved"
 
 

@@ -18,8 +18,7 @@ from alignkit.launch.placement import Command
 from alignkit.preflight.requirements import list_needs, require_ready
 from alignkit.recipe.schema import SlurmOptions
 from alignkit.recipe.stage import check_batch
-from alignkit.runs.checkpoints import MANIFEST
-from alignkit.runs.directory import RunDir, open_run, refuse_foreign
+from alignkit.runs.directory import MANIFEST, RunDir, open_run, refuse_foreign
 from alignkit.runs.files import disk_failures, write_text
 
 

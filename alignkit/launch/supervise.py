@@ -20,10 +20,9 @@ from alignkit import console
 from alignkit.errors import SUPERVISED, AlignKitError, Problem, RankError, Stopped, UsageError
 from alignkit.launch.placement import Placement
 from alignkit.recipe.schema import LaunchOptions
-from alignkit.runs import heartbeat
-from alignkit.runs.checkpoints import newest_step
-from alignkit.runs.heartbeat import Beat, End
-from alignkit.runs.stop import SIGNALS, stopped_by
+from alignkit.runs import signals
+from alignkit.runs.directory import newest_step
+from alignkit.runs.signals import SIGNALS, Beat, End, stopped_by
 
 _POLL_SECONDS = 0.1
 _STOPS = (130, 143)  # exit codes of an orderly stop
@@ -159,15 +158,15 @@ class Supervisor:
         """Start the processes and return when all of this node's have ended well. Raises what a process reported,
         Stopped after a signal, RankError for one that died or hung; then none of them is left."""
         environment = {
-            **os.environ, **extra, SUPERVISED: str(self._directory), heartbeat.SUPERVISOR: str(os.getpid()),
-            heartbeat.INTERVAL: f"{min(1.0, self._heartbeat_seconds / 4):g}", "PYTHONUNBUFFERED": "1"}  # fmt: skip
+            **os.environ, **extra, SUPERVISED: str(self._directory), signals.SUPERVISOR: str(os.getpid()),
+            signals.INTERVAL: f"{min(1.0, self._heartbeat_seconds / 4):g}", "PYTHONUNBUFFERED": "1"}  # fmt: skip
         try:
             output = sys.stderr.fileno()
         except (OSError, ValueError, AttributeError):  # replaced by something that is no file, as test runners do
             output = 2
         # A launcher does not hear stop signals: a scheduler sends them to every process of a job, and torchrun would
         # end those that are still saving. On Linux the kernel kills it when this process dies; elsewhere, and where
-        # there is none, a worker that finds its parent gone ends itself (`heartbeat.attach`).
+        # there is none, a worker that finds its parent gone ends itself (`signals.attach`).
         has_launcher, parent = self._placement.world_size > 1, os.getpid()
         libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 
@@ -197,7 +196,7 @@ class Supervisor:
         ended: float | None = None  # since when all ranks have said how they end
         while True:
             exited = self._process.poll()  # first: what has exited by now has written its end before we read
-            beats, ends = heartbeat.read_beats(self._directory), heartbeat.read_ends(self._directory)
+            beats, ends = signals.read_beats(self._directory), signals.read_ends(self._directory)
             now = time.monotonic()
             if (pause := now - looked) > _OWN_PAUSE_SECONDS:
                 self._seen = {rank: (sign, seen + pause) for rank, (sign, seen) in self._seen.items()}
@@ -306,7 +305,7 @@ class Supervisor:
                 with suppress(OSError):
                     fields = Path(f"/proc/{beat.pid}/stat").read_text().rpartition(")")[2].split()
                     status = int(fields[-1]) if fields[0] == "Z" else 0
-            if rank not in heartbeat.read_ends(self._directory):  # it may have written its end as we looked
+            if rank not in signals.read_ends(self._directory):  # it may have written its end as we looked
                 self._deaths[rank] = Death(beat, status or None)
 
     def _find_hung(self, beats: Mapping[int, Beat], ends: Mapping[int, End], now: float, passed: float) -> str | None:
@@ -335,7 +334,7 @@ class Supervisor:
         return f"rank {absent[0]} did not start within {limit} (the launcher's output: {self._log})"
 
     def _kill(self) -> None:
-        beats = heartbeat.read_beats(self._directory)
+        beats = signals.read_beats(self._directory)
         local = [beat.pid for rank, beat in beats.items() if rank in self._ranks and self._is_alive(beat)]
         kill_all([self._process.pid, *local], self._directory)
         console.restore_terminal()

@@ -21,7 +21,7 @@ from transformers.utils.chat_template_utils import _compile_jinja_template, _ren
 from alignkit.errors import ModelError
 from alignkit.models.files import KNOWN
 from alignkit.models.frames import Frame, can_be_learnt, learn_frame
-from alignkit.runs.stop import time_limit
+from alignkit.runs.signals import time_limit
 
 OTHERS = "set model.chat_template: chatml | llama3 | zephyr | plain"
 _RENDER_SECONDS = 1

@@ -15,8 +15,7 @@ from alignkit.recipe import Recipe, resolve
 from alignkit.recipe.methods import FEEDBACK, PpoOptions
 from alignkit.recipe.schema import BUILTIN_REWARD
 from alignkit.rewards.kinds import kind_of
-from alignkit.runs.checkpoints import newest_step
-from alignkit.runs.directory import RunDir
+from alignkit.runs.directory import RunDir, newest_step
 from alignkit.runs.files import describe_files, read_lines
 
 _STEPS, _ROWS, _TOKENS, _SMALL_BYTES = 20, 200, 16, 200 << 20

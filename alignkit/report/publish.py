@@ -36,8 +36,7 @@ from alignkit.report.evaluation import tabulate
 from alignkit.report.facts import METHODS, Facts, find_runs, gather_warnings, order_runs
 from alignkit.report.text import duration, open_templates, short_count
 from alignkit.report.verdict import judge
-from alignkit.runs.checkpoints import MANIFEST
-from alignkit.runs.directory import CARD, Result, RunDir, find_damaged_product, read_result
+from alignkit.runs.directory import CARD, MANIFEST, Result, RunDir, find_damaged_product, read_result
 from alignkit.runs.files import describe_bytes, disk_failures, read_json, write_json, write_text
 
 if TYPE_CHECKING:

@@ -1,5 +1,5 @@
 """Checkpoints of every trainer: one layout, whatever and how many processes trained them, sealed when whole, and read
-back exactly. Upstream (transformers 5.23) names the files; `runs.checkpoints` chooses the one to go on from."""
+back exactly. Upstream (transformers 5.23) names the files; `runs.directory` chooses the one to go on from."""
 
 import copy
 import json
@@ -25,11 +25,19 @@ from alignkit.errors import DiskError, NonFiniteError, RunError
 from alignkit.models.adapters import TRAINED
 from alignkit.models.files import read_shapes
 from alignkit.recipe.methods import TrainOptions
-from alignkit.runs import checkpoints
+from alignkit.runs.directory import (
+    MANIFEST,
+    SEALED,
+    expected_bytes,
+    list_checkpoints,
+    read_manifest,
+    rotate_checkpoints,
+    seal_checkpoint,
+    step_of,
+)
 from alignkit.runs.files import describe_bytes, disk_failures, free_bytes, write_json
-from alignkit.runs.heartbeat import pulse
 from alignkit.runs.record import spare_memory_bytes
-from alignkit.runs.stop import StopFlag
+from alignkit.runs.signals import StopFlag, pulse
 from alignkit.train import ranks, shards
 
 
@@ -111,7 +119,7 @@ class Checkpointed(Trainer):
             place, here = self.watch.place, directory.parent
             if place and not (here.exists() and os.path.samestat(here.stat(), place)):
                 raise DiskError(f"{here}: the run directory was moved or deleted while the run went on")
-            if (checkpoint / checkpoints.MANIFEST).exists():
+            if (checkpoint / MANIFEST).exists():
                 return False
             self.require_room(directory)
             shutil.rmtree(checkpoint, ignore_errors=True)
@@ -127,9 +135,9 @@ class Checkpointed(Trainer):
             try:
                 with disk_failures(directory, checkpoint.name):
                     torch.save(state, checkpoint / "optimizer.pt")
-                    checkpoints.seal(checkpoint, facts)
-                    write_json(directory.parent / checkpoints.SEALED, {"step": step})  # should all vanish
-                    checkpoints.rotate(directory, keep=self.settings.keep_checkpoints, best=best)
+                    seal_checkpoint(checkpoint, facts)
+                    write_json(directory.parent / SEALED, {"step": step})  # should all vanish
+                    rotate_checkpoints(directory, keep=self.settings.keep_checkpoints, best=best)
             except Exception as error:  # for `settle` to raise
                 self._unwritten = error
                 if isinstance(error, DiskError):
@@ -199,13 +207,13 @@ class Checkpointed(Trainer):
     def describe_last_good(self) -> str:
         """Name the checkpoint that a run which must end falls back on."""
         self.await_disk()
-        kept = checkpoints.list_checkpoints(Path(self.args.output_dir))
+        kept = list_checkpoints(Path(self.args.output_dir))
         return f"the last good checkpoint is {kept[0].name}" if kept else "no checkpoint was saved yet"
 
     def require_room(self, directory: Path) -> None:
         """Raise DiskError when the next checkpoint would not fit the disk."""
         trainable = sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad)
-        needed = checkpoints.expected_bytes(directory, first_guess=3 * trainable)
+        needed = expected_bytes(directory, first_guess=3 * trainable)
         if (free := free_bytes(directory)) < needed:
             what = f"the next checkpoint needs about {describe_bytes(needed)} and {describe_bytes(free)} are free; "
             what += "earlier checkpoints are untouched: make room and run the same command again"
@@ -253,7 +261,7 @@ class Checkpointed(Trainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Go on drawing where each rank stopped; ranks that were not there draw anew, from seed, step and rank."""
         world_size = self.args.world_size
-        if checkpoint is None or checkpoints.read_manifest(Path(checkpoint))["world_size"] == world_size:
+        if checkpoint is None or read_manifest(Path(checkpoint))["world_size"] == world_size:
             super()._load_rng_state(checkpoint)
             return
         origin = (self.args.seed, self.state.global_step, self.args.process_index)
@@ -280,8 +288,8 @@ def find_fault(checkpoint: Path) -> str | None:
                 torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             elif path.name == "trainer_state.json":
                 state = TrainerState.load_from_json(str(path))
-                if state.global_step != checkpoints.step_of(checkpoint) or not isinstance(state.epoch, int | float):
-                    return f"{path.name} is not of step {checkpoints.step_of(checkpoint)}"
+                if state.global_step != step_of(checkpoint) or not isinstance(state.epoch, int | float):
+                    return f"{path.name} is not of step {step_of(checkpoint)}"
             elif path.suffix == ".json":
                 json.loads(path.read_text(encoding="utf-8"))
         except Exception as error:  # whatever the libraries raise over a file is the finding

@@ -27,12 +27,11 @@ from alignkit.models.load import build_skeleton, load_trained
 from alignkit.models.parameters import compare_probes, describe_parameters, hash_base, hash_samples, take_probe
 from alignkit.models.save import save_model
 from alignkit.recipe import Stage
-from alignkit.runs import checkpoints, directory, record
-from alignkit.runs.directory import Result, RunDir, compare_fingerprints
+from alignkit.runs import directory, record
+from alignkit.runs.directory import Result, RunDir, compare_fingerprints, newest_step
 from alignkit.runs.files import disk_failures, put_aside, write_json
-from alignkit.runs.heartbeat import pulse
 from alignkit.runs.record import JsonLines, describe_hardware, git_state, versions
-from alignkit.runs.stop import StopFlag, stop_between_steps
+from alignkit.runs.signals import StopFlag, pulse, stop_between_steps
 from alignkit.train import ranks, shards
 from alignkit.train.checkpoint import find_fault
 from alignkit.train.fingerprint import find_longer, fingerprint_stage, hash_data, unread
@@ -109,7 +108,7 @@ def _find_finished(
         from alignkit.report.publish import leave_finished
 
         return leave_finished(run).to_dict()
-    if checkpoints.newest_step(run.checkpoints) is None:
+    if newest_step(run.checkpoints) is None:
         what = "the run cannot go on, for it has no checkpoint left: start over with --force, which keeps this "
         what += "directory under another name"
     elif reason.startswith("base/") and (run.path / "base").exists():
@@ -183,8 +182,8 @@ def _find_place(setup: Setup, stop: StopFlag) -> tuple[str | None, int]:
 
     def find_checkpoint() -> str | None:
         run.checkpoints.mkdir(exist_ok=True)
-        checkpoints.sweep(run.checkpoints)  # what an interrupted rotation left
-        newest = checkpoints.find_resumable(run.checkpoints, warn=console.warn, find_fault=find_fault)
+        directory.sweep_checkpoints(run.checkpoints)  # what an interrupted rotation left
+        newest = directory.find_resumable(run.checkpoints, warn=console.warn, find_fault=find_fault)
         return str(newest) if newest else None
 
     newest = ranks.once(find_checkpoint)
@@ -193,7 +192,7 @@ def _find_place(setup: Setup, stop: StopFlag) -> tuple[str | None, int]:
         if not ranks.is_main():
             set_seed(stage.seed + ranks.rank())  # dropout: every rank draws its own; rank 0 draws as one process does
         return None, 0
-    manifest = checkpoints.read_manifest(Path(newest))
+    manifest = directory.read_manifest(Path(newest))
     step, watch = manifest["step"], trainer.watch
     watch.num_tokens, watch.earlier_seconds = manifest["num_tokens"], manifest.get("seconds", 0.0)
     watch.window = manifest.get("window", [])
@@ -232,7 +231,7 @@ def _train(setup: Setup, stop: StopFlag, fingerprint: dict[str, Any]) -> None:
             console.warn(f"{stage.name}: {what}")
 
     def describe_loss() -> str:
-        saved, now = checkpoints.newest_step(run.checkpoints) or 0, trainer.state.global_step
+        saved, now = newest_step(run.checkpoints) or 0, trainer.state.global_step
         return f"steps {saved + 1} to {now} were not saved and are lost" if now > saved else f"step {now} is saved"
 
     ranks.once(drop_later_rows)
@@ -297,7 +296,7 @@ def finish(setup: Setup) -> Result:
     if (wanted := setup.stage.training.keep_best) is not None and trainer.state.best_global_step:
         step = trainer.state.best_global_step
         kept = run.checkpoints / f"checkpoint-{step}"
-        if step != last and (damage := ranks.once(lambda: checkpoints.find_damage(kept))):
+        if step != last and (damage := ranks.once(lambda: directory.find_damage(kept))):
             what = f"the best weights cannot be used: {damage}; put the files back, or take the last weights with "
             key = f"{setup.stage.name}.keep_best"
             raise ranks.met_by_all(RunError(f"{what}--set {key}=null --allow-change {key}", where=str(kept)))

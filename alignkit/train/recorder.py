@@ -25,8 +25,8 @@ from alignkit.models.load import ROUNDS_TO
 from alignkit.models.parameters import compare_probes, take_probe
 from alignkit.recipe import Stage
 from alignkit.runs.files import read_json
-from alignkit.runs.heartbeat import pulse
 from alignkit.runs.record import JsonLines
+from alignkit.runs.signals import pulse
 from alignkit.train import ranks
 from alignkit.train.losses import is_logistic
 from alignkit.train.setup import Setup

@@ -24,7 +24,7 @@ from alignkit.models.start import learn_tokenizer
 from alignkit.recipe import Stage
 from alignkit.recipe.schema import LEARNT_TOKENIZERS
 from alignkit.runs.directory import form_of, require_form
-from alignkit.runs.heartbeat import pulse
+from alignkit.runs.signals import pulse
 from alignkit.train import ranks
 from alignkit.train.encode import EncodedRow, LengthReport, encode_rows, longest_prompt, longest_sequence, write_row
 

@@ -29,7 +29,7 @@ from alignkit.errors import NonFiniteError, RecipeError
 from alignkit.models import kernels
 from alignkit.models.adapters import TRAINED
 from alignkit.recipe.methods import TrainOptions
-from alignkit.runs.heartbeat import pulse
+from alignkit.runs.signals import pulse
 from alignkit.train import ranks, shards
 from alignkit.train.checkpoint import Checkpointed, Watch
 from alignkit.train.samplers import EpochSampler, Rest, fill_up, go_on, grouped_order, shuffled_order

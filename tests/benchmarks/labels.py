@@ -84,7 +84,7 @@ def _make_judge(path: Path, examples: str) -> Judge:
 def _label(judge: Judge, pairings: Sequence[Pairing], directory: Path) -> float:
     from alignkit.feedback.cache import Asker, Store
     from alignkit.feedback.judge import judge_all
-    from alignkit.runs.stop import Stop
+    from alignkit.runs.signals import Stop
 
     directory.mkdir()
     asker = Asker("bench", Store(directory / "feedback.jsonl"), Stop())

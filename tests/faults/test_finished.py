@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from alignkit.recipe import Stage, load_recipe, resolve
-from alignkit.runs import checkpoints
+from alignkit.runs.directory import MANIFEST, newest_step, seal_checkpoint
 from alignkit.runs.files import read_json
 
 RECIPE = """
@@ -49,9 +49,9 @@ def say_other_bits(path: Path) -> None:
 
 
 def reseal(checkpoint: Path, name: str, content: bytes) -> None:
-    facts = read_json(checkpoint / checkpoints.MANIFEST)
+    facts = read_json(checkpoint / MANIFEST)
     (checkpoint / name).write_bytes(content)
-    checkpoints.seal(checkpoint, {key: facts[key] for key in facts.keys() - {"files", "crc32", "format"}})
+    seal_checkpoint(checkpoint, {key: facts[key] for key in facts.keys() - {"files", "crc32", "format"}})
 
 
 def test_what_was_damaged_is_made_again_and_nothing_else(run: Callable, digest: Callable, tmp_path: Path) -> None:
@@ -229,7 +229,7 @@ def test_a_run_directory_that_vanishes_ends_the_run_in_one_line(run: Callable, t
     stage = make(tmp_path, "run", options="max_steps: 400, save_steps: 1, batch_size: 4")
 
     def vanish() -> bool:
-        if checkpoints.newest_step(place / "checkpoints") is None:
+        if newest_step(place / "checkpoints") is None:
             return False
         place.rename(tmp_path / "elsewhere")
         if how == "deleted":

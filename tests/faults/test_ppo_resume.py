@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from alignkit.recipe import Stage, load_recipe, resolve
-from alignkit.runs import checkpoints
+from alignkit.runs.directory import find_damage, list_checkpoints, step_of
 
 # Six rollouts of two optimizer steps; everything that has a state is switched on.
 RECIPE = """
@@ -109,7 +109,7 @@ def digest(run_dir: Path) -> str:
 
 
 def last_kl_coef(run_dir: Path) -> float:
-    newest = checkpoints.list_checkpoints(run_dir / "checkpoints")[0]
+    newest = list_checkpoints(run_dir / "checkpoints")[0]
     return float(json.loads((newest / "ppo_state.json").read_text())["kl_coef"])
 
 
@@ -175,7 +175,7 @@ def test_sigterm_inside_a_rollout_saves_at_its_end_and_goes_on(
         out = f"stopped{number}"
         ended = run(make_ppo("full", out), kill_after=whole.seconds * share, number=signal.SIGTERM)
         assert ended.code in (0, 143), ended.stderr
-        for path in checkpoints.list_checkpoints(tmp_path / out / "checkpoints"):
-            assert checkpoints.step_of(path) % 2 == 0 and checkpoints.find_damage(path) is None
+        for path in list_checkpoints(tmp_path / out / "checkpoints"):
+            assert step_of(path) % 2 == 0 and find_damage(path) is None
         assert run(make_ppo("full", out)).code == 0
         assert digest(tmp_path / out) == digest(tmp_path / "whole")

@@ -16,8 +16,9 @@ from faults.conftest import damage, damage_each
 
 from alignkit.recipe import Stage, load_recipe, resolve
 from alignkit.recipe.schema import DataSource, EvaluateOptions
-from alignkit.runs import checkpoints
+from alignkit.runs.directory import MANIFEST, find_damage, list_checkpoints, seal_checkpoint, step_of
 from alignkit.runs.files import read_json
+from alignkit.train import checkpoint as train_checkpoint
 
 QUICK = [("sft", "full"), ("rm", "lora"), ("dpo", "qlora")]
 CASES = [(method, kind) for method in ("sft", "rm", "dpo") for kind in ("full", "lora", "qlora")]
@@ -76,18 +77,18 @@ def test_a_kill_while_a_checkpoint_is_written_beside_the_steps_falls_back_to_the
     method: str, kind: str, undisturbed: Callable, make_stage: Callable, run: Callable, digest: Callable, tmp_path: Path
 ) -> None:
     whole, _ = undisturbed(method, kind)
-    seal, places = checkpoints.seal, [tmp_path / "killed" / "checkpoints" / f"checkpoint-{n}" for n in (3, 4)]
+    places = [tmp_path / "killed" / "checkpoints" / f"checkpoint-{n}" for n in (3, 4)]
 
     def slow_disk() -> None:
         def seal_late(checkpoint: Path, facts: dict) -> None:
             time.sleep(1.0 if checkpoint == places[1] else 0.0)
-            seal(checkpoint, facts)
+            seal_checkpoint(checkpoint, facts)
 
-        checkpoints.seal = seal_late  # in the child alone
+        train_checkpoint.seal_checkpoint = seal_late  # in the child alone
 
     ended = run(make_stage(method, kind, "killed"), kill_after=(places[1] / "optimizer.pt").exists, prepare=slow_disk)
     assert ended.code == -signal.SIGKILL
-    assert checkpoints.find_damage(places[0]) is None and not (places[1] / checkpoints.MANIFEST).exists()
+    assert find_damage(places[0]) is None and not (places[1] / MANIFEST).exists()
     ended = run(make_stage(method, kind, "killed"))
     assert ended.code == 0 and "checkpoint-4: it was never sealed" in ended.stderr
     assert "going on from step 3" in ended.stderr and digest(tmp_path / "killed") == whole
@@ -132,7 +133,7 @@ def test_a_killed_run_keeps_the_same_best_weights_and_stops_at_the_same_step(
     assert list(losses) == list(range(best + 3)) and result["step"] == best + 2 < NUM_STEPS
     assert result["metrics"]["kept_step"] == best and result["metrics"]["eval_loss"] == losses[best]
     assert f"the model is that of step {best} of {best + 2}, whose loss was the best" in ended.stderr
-    kept = {checkpoints.step_of(path) for path in checkpoints.list_checkpoints(tmp_path / "whole/checkpoints")}
+    kept = {step_of(path) for path in list_checkpoints(tmp_path / "whole/checkpoints")}
     assert kept == {best, best + 2}
     assert kill_until_finished(make("killed"), run, random.Random(3), ended.seconds) >= 1
     assert digest(tmp_path / "killed") == digest(tmp_path / "whole")
@@ -198,8 +199,8 @@ def stop_in_the_middle(stage: object, run: Callable, tmp_path: Path, out: str) -
     for _ in range(30):
         ended = run(stage, kill_after=delay, number=signal.SIGTERM)
         assert ended.code in (0, 143), (ended.code, ended.stderr)
-        found = checkpoints.list_checkpoints(tmp_path / out / "checkpoints")
-        if ended.code == 0 or (found and checkpoints.step_of(found[0]) >= NUM_STEPS - 1):
+        found = list_checkpoints(tmp_path / out / "checkpoints")
+        if ended.code == 0 or (found and step_of(found[0]) >= NUM_STEPS - 1):
             shutil.rmtree(tmp_path / out)  # too late: start again
             delay *= 0.6
         elif len(found) >= 2:
@@ -216,14 +217,14 @@ def test_sigterm_saves_at_the_end_of_the_step_and_the_same_command_goes_on(
     whole, _ = undisturbed(method, kind)
     stage = make_stage(method, kind, "stopped")
     newest = stop_in_the_middle(stage, run, tmp_path, "stopped")[0]
-    assert checkpoints.find_damage(newest) is None
+    assert find_damage(newest) is None
     assert not (tmp_path / "stopped" / "model").exists()
     assert run(stage).code == 0
     assert digest(tmp_path / "stopped") == whole
 
 
 WEIGHTS = {"full": ["model.safetensors", "config.json"]}
-STATE = ["optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", checkpoints.MANIFEST]
+STATE = ["optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", MANIFEST]
 FEW = [("adapter_model.safetensors", "flip"), ("optimizer.pt", "delete"), ("rng_state.pth", "cut")]
 
 
@@ -241,7 +242,7 @@ def test_damaged_files_fall_back_to_the_older_checkpoint_and_end_exact(
     for number, (name, how) in enumerate(cases):
         out = tmp_path / f"damaged{number}"
         shutil.copytree(tmp_path / "stopped", out)
-        newest = checkpoints.list_checkpoints(out / "checkpoints")[0]
+        newest = list_checkpoints(out / "checkpoints")[0]
         damage(newest / name, how)
         ended = run(make_stage(method, kind, out.name))
         assert ended.code == 0, (name, how, ended.stderr)
@@ -277,12 +278,12 @@ def test_a_full_disk_exits_4_keeps_what_was_sealed_and_goes_on_when_there_is_roo
     stage = make_stage("sft", "full", "starved")
     stop_in_the_middle(stage, run, tmp_path, "starved")
     directory = tmp_path / "starved" / "checkpoints"
-    before = {path.name: read_json(path / checkpoints.MANIFEST) for path in checkpoints.list_checkpoints(directory)}
+    before = {path.name: read_json(path / MANIFEST) for path in list_checkpoints(directory)}
     largest = max(file["bytes"] for manifest in before.values() for file in manifest["files"].values())
     ended = run(stage, prepare=full_disk(largest // 2))
     assert ended.code == 4, ended.stderr
     assert ended.stderr.count("error:") == 1 and "make room" in ended.stderr
-    assert {path.name for path in checkpoints.list_checkpoints(directory)} == set(before)
-    assert all(checkpoints.find_damage(path) is None for path in checkpoints.list_checkpoints(directory))
+    assert {path.name for path in list_checkpoints(directory)} == set(before)
+    assert all(find_damage(path) is None for path in list_checkpoints(directory))
     assert run(stage).code == 0
     assert digest(tmp_path / "starved") == whole

@@ -20,7 +20,7 @@ from alignkit.recipe.schema import FeedbackModel, RewardSource
 from alignkit.recipe.stage import Stage
 from alignkit.rewards.base import Answers, Workspace
 from alignkit.rewards.kinds.judge import JudgeReward, log_odds
-from alignkit.runs import checkpoints
+from alignkit.runs.directory import find_damage, list_checkpoints, step_of
 
 MakeStage = Callable[..., Stage]
 PROMPTS = [messages(f"Film {number}?") for number in range(3)]
@@ -125,8 +125,8 @@ def test_a_silent_judge_does_not_delay_ctrl_c_and_the_last_step_is_saved(
         assert caught.value.exit_code == 130
         assert time.monotonic() - sent[0] < 3  # half a second for what is under way, and the checkpoint
         thread.join()
-        kept = checkpoints.list_checkpoints(tmp_path / "stopped" / "checkpoints")
-        assert [checkpoints.step_of(path) for path in kept] == [2] and checkpoints.find_damage(kept[0]) is None
+        kept = list_checkpoints(tmp_path / "stopped" / "checkpoints")
+        assert [step_of(path) for path in kept] == [2] and find_damage(kept[0]) is None
         limit = 1 << 30
         launch_stage(stopped)
     models = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("whole", "stopped")]

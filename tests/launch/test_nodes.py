@@ -62,7 +62,7 @@ def errors(text: str) -> list[str]:
 
 def wait_for_steps(tmp_path: Path, step: int, *nodes: Node) -> dict[int, int]:
     """Return the process ids by rank, once both have a step behind them."""
-    from alignkit.runs.heartbeat import read_beats
+    from alignkit.runs.signals import read_beats
 
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline:

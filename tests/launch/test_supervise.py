@@ -13,8 +13,8 @@ from alignkit.errors import AlignKitError, Stopped, UsageError
 from alignkit.launch.placement import Placement
 from alignkit.launch.supervise import Death, Supervisor, describe_frozen, describe_stuck, find_cause
 from alignkit.recipe.schema import LaunchOptions
-from alignkit.runs import heartbeat
-from alignkit.runs.heartbeat import Beat, End
+from alignkit.runs import signals
+from alignkit.runs.signals import Beat, End
 
 
 def end(rank: int, code: int, *problems: str, unexpected: bool = False, shared: bool = False, at: float = 0.0) -> End:
@@ -85,18 +85,18 @@ def test_the_one_furthest_behind_is_named() -> None:
 
 
 ENDS_WELL = """\
-import sys, time; from pathlib import Path; from alignkit.runs import heartbeat
-heartbeat.start(Path(sys.argv[1]), 0); time.sleep(0.2); heartbeat.write_end(Path(sys.argv[1]), 0, 0)
+import sys, time; from pathlib import Path; from alignkit.runs import signals
+signals.start(Path(sys.argv[1]), 0); time.sleep(0.2); signals.write_end(Path(sys.argv[1]), 0, 0)
 """
 
 
 def test_an_end_that_is_written_while_we_look_is_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def read_slowly(directory: Path, read=heartbeat.read_ends) -> dict[int, End]:
+    def read_slowly(directory: Path, read=signals.read_ends) -> dict[int, End]:
         found = read(directory)
         time.sleep(2)  # the process writes its end and exits meanwhile
         return found
 
-    monkeypatch.setattr(heartbeat, "read_ends", read_slowly)
+    monkeypatch.setattr(signals, "read_ends", read_slowly)
     one = Placement(1, nodes=1, node_rank=0, main_address=None, main_port=None, device="cpu", strategy="ddp")
     one_try = Supervisor(tmp_path, one, tmp_path, LaunchOptions(heartbeat_seconds=30, timeout_seconds=60), [])
     one_try.watch([sys.executable, "-c", ENDS_WELL, str(tmp_path)], extra={})

@@ -13,8 +13,8 @@ import pytest
 
 from alignkit.errors import EnvironmentProblem, RecipeError
 from alignkit.launch.accelerate import apply_strategy, require_agreement, require_launcher
-from alignkit.runs import heartbeat
-from alignkit.runs.heartbeat import is_worker
+from alignkit.runs import signals
+from alignkit.runs.signals import is_worker
 
 # What torchrun and `accelerate launch` set for the second of two processes on one node.
 TORCHRUN = {
@@ -137,17 +137,17 @@ def test_a_contradiction_under_torchrun_is_said_once_by_a_node(
 
 def test_signs_of_life_come_and_an_end_is_kept(tmp_path: Path) -> None:
     program = (
-        "import sys, time; from pathlib import Path; from alignkit.runs import heartbeat as h\n"
+        "import sys, time; from pathlib import Path; from alignkit.runs import signals as h\n"
         "h.pulse('ignored'); h.stop(); assert not list(Path('.').iterdir())\n"
         "h.start(Path('.'), 3, interval_seconds=0.05)\n"
         "h.pulse('training', 7); time.sleep(0.3)\n"
         "h.write_end(Path('.'), 3, 2, ['first', 'x' * 40000]); h.stop()\n"
     )
-    assert (heartbeat.read_beats(tmp_path), heartbeat.read_ends(tmp_path)) == ({}, {})
+    assert (signals.read_beats(tmp_path), signals.read_ends(tmp_path)) == ({}, {})
     ended = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert ended.stderr == ""
-    beat = heartbeat.read_beats(tmp_path)[3]
+    beat = signals.read_beats(tmp_path)[3]
     assert (beat.phase, beat.step, beat.count > 2, beat.idle_seconds >= 0.2) == ("training", 7, True, True)
-    end = heartbeat.read_ends(tmp_path)[3]
+    end = signals.read_ends(tmp_path)[3]
     assert (end.exit_code, end.problems, end.unexpected) == (2, ("first",), False)
     assert (tmp_path / "rank-3.end").stat().st_size == 1 << 14  # its room was taken before

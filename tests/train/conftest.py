@@ -52,18 +52,18 @@ def resume_exactly(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callab
         from safetensors.torch import load_file
 
         from alignkit.launch import launch_stage
-        from alignkit.runs import checkpoints
+        from alignkit.runs.directory import list_checkpoints, step_of
 
         whole, half = tmp_path / "whole", tmp_path / "half"
         launch_stage(replace(stage, run_dir=str(whole)))
         shutil.copytree(whole, half)
-        newest, before = checkpoints.list_checkpoints(half / "checkpoints")[:2]
+        newest, before = list_checkpoints(half / "checkpoints")[:2]
         for gone in (newest, half / "model"):
             shutil.rmtree(gone)
         (half / "result.json").unlink()
         capsys.readouterr()
         launch_stage(replace(stage, run_dir=str(half)))
-        assert f"going on from step {checkpoints.step_of(before)}" in capsys.readouterr().err
+        assert f"going on from step {step_of(before)}" in capsys.readouterr().err
         ends = [load_file(next((run / "model").glob("*model.safetensors"))) for run in (whole, half)]
         assert ends[0].keys() == ends[1].keys() and all((ends[0][name] == ends[1][name]).all() for name in ends[0])
         return half

@@ -13,7 +13,7 @@ import torch
 
 from alignkit.errors import DiskError
 from alignkit.launch import launch_stage
-from alignkit.runs import checkpoints
+from alignkit.runs.directory import find_damage, list_checkpoints, read_manifest, step_of
 from alignkit.runs.record import JsonLines
 from alignkit.train import checkpoint
 from alignkit.train.recorder import Recorder
@@ -46,7 +46,7 @@ def test_steps_go_on_while_a_checkpoint_is_written_which_holds_the_state_of_its_
         alone.setattr(checkpoint, "spare_memory_bytes", lambda: 0)  # no room for a copy: the step waits
         launch_stage(stage)
     first = directory / "checkpoint-3"
-    expected, window = torch.load(first / "optimizer.pt"), checkpoints.read_manifest(first)["window"]
+    expected, window = torch.load(first / "optimizer.pt"), read_manifest(first)["window"]
     assert window[0]["weights"]
 
     def save_late(value: Any, path: Any) -> None:
@@ -63,9 +63,9 @@ def test_steps_go_on_while_a_checkpoint_is_written_which_holds_the_state_of_its_
     assert found["state"][0]["step"] == 3 and not torch.equal(
         later["state"][0]["exp_avg"], found["state"][0]["exp_avg"]
     )
-    sealed = checkpoints.list_checkpoints(directory, sealed=True)
-    assert [checkpoints.step_of(path) for path in sealed] == [9, 6, 3]
-    assert not any(map(checkpoints.find_damage, sealed))
+    sealed = list_checkpoints(directory, sealed=True)
+    assert [step_of(path) for path in sealed] == [9, 6, 3]
+    assert not any(map(find_damage, sealed))
 
 
 def test_a_checkpoint_that_cannot_be_written_ends_the_run_at_the_next_step(

@@ -28,8 +28,7 @@ from alignkit.recipe import Stage
 from alignkit.recipe.methods import MissingEos, PpoOptions
 from alignkit.rewards.base import Workspace
 from alignkit.rewards.kinds import open_reward
-from alignkit.runs import checkpoints
-from alignkit.runs.directory import RunDir
+from alignkit.runs.directory import RunDir, list_checkpoints, step_of
 from alignkit.train import ppo
 from alignkit.train.losses import measure_norm
 from alignkit.train.ppo.answers import answer_order, cut_answer, finish_scores, prompt_numbers, repetition, sort_steps
@@ -284,12 +283,12 @@ def test_a_full_run_leaves_a_policy_and_a_critic_that_plain_transformers_load(
     policy = AutoModelForCausalLM.from_pretrained(run / "model")
     critic = AutoModelForSequenceClassification.from_pretrained(run / "model/critic")
     assert critic.config.num_labels == 1 and policy.config.use_cache
-    newest = checkpoints.list_checkpoints(run / "checkpoints")[0]
+    newest = list_checkpoints(run / "checkpoints")[0]
     saved = load_file(newest / "critic.safetensors")
     for name, parameter in critic.named_parameters():
         assert torch.equal(parameter, saved[name])
     # Checkpoints lie between rollouts: every second step here, though save_steps is 1.
-    assert [checkpoints.step_of(path) for path in checkpoints.list_checkpoints(run / "checkpoints")] == [4, 2]
+    assert [step_of(path) for path in list_checkpoints(run / "checkpoints")] == [4, 2]
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     wanted = {
         "reward", "gold", "objective/kl", "sqrt_kl", "kl_coef", "entropy", "policy_loss", "value_loss", "clip_fraction",
@@ -320,7 +319,7 @@ def test_an_adapter_run_leaves_adapters_that_plain_peft_loads(nf4: bool, make_st
     assert any(parameter.abs().max() > 0 for name, parameter in policy.named_parameters() if "lora_B" in name)
     trunk = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
     critic = PeftModel.from_pretrained(trunk, run / "model/critic")
-    saved = load_file(checkpoints.list_checkpoints(run / "checkpoints")[0] / "critic.safetensors")
+    saved = load_file(list_checkpoints(run / "checkpoints")[0] / "critic.safetensors")
     assert torch.equal(critic.base_model.model.score.modules_to_save["default"].weight, saved["head.weight"])
     ours = {name.replace(".critic.", "."): tensor for name, tensor in saved.items() if ".lora_" in name}
     for name, parameter in critic.named_parameters():
@@ -377,7 +376,7 @@ def test_a_kl_beyond_bounds_goes_back_to_the_last_checkpoint_within_them(
     said = " ".join(capsys.readouterr().err.split())
     assert "above max_kl 0.001" in said and f"checkpoint-{result.step}" in said
     kept = {
-        checkpoints.step_of(path): path for path in checkpoints.list_checkpoints(tmp_path / "runs/t/ppo/checkpoints")
+        step_of(path): path for path in list_checkpoints(tmp_path / "runs/t/ppo/checkpoints")
     }
     assert 0 < result.step < max(kept)  # the newest is the one whose KL was too large
     good, final = (

@@ -19,7 +19,7 @@ from alignkit.recipe import Stage
 from alignkit.recipe.schema import RewardSource
 from alignkit.recipe.yaml import shorten
 from alignkit.rewards.base import Answers, Workspace, stage_space
-from alignkit.runs.stop import time_limit
+from alignkit.runs.signals import time_limit
 
 _IMPORT_SECONDS = 120.0
 _NAMES = ("prompts", "completions")

@@ -23,7 +23,7 @@ from alignkit.recipe import Stage
 from alignkit.recipe.methods import PpoOptions
 from alignkit.recipe.schema import FeedbackModel, RewardSource
 from alignkit.rewards.base import Answers, Reward, Workspace, collect_memory, name_source
-from alignkit.runs.stop import Stop, stop_between_answers
+from alignkit.runs.signals import Stop, stop_between_answers
 
 STORE = "judged.jsonl"
 _WORST = 1e-4  # a probability from which the log-odds go no further: 9.2 nats

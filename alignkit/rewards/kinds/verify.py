@@ -23,7 +23,7 @@ from alignkit.recipe import Stage
 from alignkit.recipe.schema import RewardSource
 from alignkit.rewards.base import Answers, Workspace, stage_space
 from alignkit.rewards.kinds.function import TimeUp
-from alignkit.runs.stop import time_limit
+from alignkit.runs.signals import time_limit
 
 
 def _math(text: str, wanted: Any, seconds: float) -> float:

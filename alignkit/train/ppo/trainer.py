@@ -35,7 +35,7 @@ from alignkit.models.generation import generate_answers
 from alignkit.models.kernels import leave_out_masks, leave_out_unread
 from alignkit.models.logprobs import Batch, pad_answers
 from alignkit.recipe.methods import PpoOptions
-from alignkit.runs import checkpoints
+from alignkit.runs.directory import list_checkpoints, step_of
 from alignkit.train import ranks, shards
 from alignkit.train.ppo.answers import answer_order, cut_at_text, prompt_numbers, sort_steps
 from alignkit.train.ppo.math import answer_means, kl_losses, policy_losses, value_losses
@@ -138,13 +138,13 @@ class Ppo(Guarded, GRPOTrainer):
             self.is_in_train, (kl, step) = False, stop.args
             directory = Path(self.args.output_dir)
             self.settle()
-            good = [path for path in checkpoints.list_checkpoints(directory) if checkpoints.step_of(path) < step]
+            good = [path for path in list_checkpoints(directory) if step_of(path) < step]
             limit = f"the KL is {kl:.3g} nats per sequence at step {step}, above max_kl {self.options.max_kl:g}"
             if not good:
                 advice = "no earlier checkpoint was saved; lower learning_rate or save_steps, or raise kl_coef"
                 raise ranks.met_by_all(RunError(f"{limit}, and {advice}", where=str(directory))) from None
             self._load_from_checkpoint(str(good[0]))
-            self.state.global_step = checkpoints.step_of(good[0])
+            self.state.global_step = step_of(good[0])
             console.warn(f"{self.collector.name}: {limit}; stopped, and the model is that of {good[0].name}")
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

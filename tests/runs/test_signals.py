@@ -8,7 +8,7 @@ import signal
 import pytest
 
 from alignkit.errors import Stopped
-from alignkit.runs.stop import stop_between_answers, stop_between_steps
+from alignkit.runs.signals import stop_between_answers, stop_between_steps
 
 
 def test_a_signal_is_not_swallowed_by_a_library_that_catches_every_exception() -> None:
