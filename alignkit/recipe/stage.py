@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -104,12 +105,12 @@ class Stage:
         origin = self.origins.get(key, "")
         return origin if ":" in origin or origin.startswith("--") else self.recipe_path
 
-    @property
+    @cached_property
     def objective(self) -> str | None:
         """The name in OBJECTIVES of what an sft stage learns; None for other methods."""
         return getattr(self.options, "objective", None)
 
-    @property
+    @cached_property
     def task(self) -> str | None:
         """The objective of a stage that learns labels, None for others."""
         return self.objective if self.objective in TASKS else None

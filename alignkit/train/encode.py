@@ -174,7 +174,8 @@ def _encode_sft(stage: Stage, limit: int | None, row: Row, texts: Texts, lengths
         if limit and len(ids) > limit:
             lengths.cut(row)
             ids, labels = ids[:limit], labels[:limit]
-        if trained := int(np.count_nonzero(np.asarray(labels)[1:] != IGNORED)):
+        predicted = labels[1:]
+        if trained := len(predicted) - predicted.count(IGNORED):
             yield {"input_ids": ids, "labels": labels, "length": len(ids)}, len(ids), trained
         else:
             yield "no token to learn from within max_length", "num_untrained"

@@ -200,7 +200,7 @@ def _encode(
             batch, num_chars = list[tuple[Row, list[Written]]](), 0
             for row, texts in written:
                 batch.append((row, texts))
-                num_chars += sum(map(len, iter_contents(row)))
+                num_chars += sum(len(text.text) for text in texts)
                 if len(batch) == _BATCH_ROWS or num_chars > _BATCH_CHARS:
                     break
             if not batch:
