@@ -2,7 +2,7 @@
 
 Run by `make snapshot`. It copies what TRL, transformers and PEFT say, as JSON Schema fragments, with the ranges and
 choices that TRL leaves open (`limits.json`; "typical" is shown in messages and descriptions); what alignkit adds or
-refuses is in `trl_fields.py`.
+refuses is in `words.py`.
 """
 
 from __future__ import annotations

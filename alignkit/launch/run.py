@@ -22,7 +22,7 @@ from alignkit.recipe import Recipe, Stage
 from alignkit.recipe.methods import FEEDBACK, ROOMS
 from alignkit.recipe.schema import EvaluateOptions
 from alignkit.recipe.sections import ROWS
-from alignkit.recipe.trl_fields import method_fields
+from alignkit.recipe.words import method_fields
 from alignkit.runs.directory import Result, RunDir, find_damaged_product, newest_step
 from alignkit.runs.files import read_json, read_record, write_json, write_text
 from alignkit.runs.signals import is_worker

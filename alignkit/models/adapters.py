@@ -26,7 +26,7 @@ from transformers.pytorch_utils import Conv1D
 
 from alignkit.errors import ModelError, Problem, first_line
 from alignkit.recipe.stage import Stage
-from alignkit.recipe.trl_fields import adapter_fields
+from alignkit.recipe.words import adapter_fields
 
 TRAINED, START, REFERENCE = "default", "start", "ref"  # adapter names
 _LARGEST_RANK = 2**16

@@ -11,8 +11,17 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from alignkit.errors import Problem, suggest
 from alignkit.recipe.methods import OPTIONS, RLAIF, RlaifOptions
 from alignkit.recipe.schema import LoraOptions, ModelOptions, RecipeOptions
-from alignkit.recipe.trl_fields import BOUNDS, Fragment, make_type, method_fields
-from alignkit.recipe.words import TABLES, Word, controlled_fields, find_method, find_word
+from alignkit.recipe.words import (
+    BOUNDS,
+    TABLES,
+    Fragment,
+    Word,
+    controlled_fields,
+    find_method,
+    find_word,
+    make_type,
+    method_fields,
+)
 from alignkit.recipe.yaml import Node, parse_yaml, read_scalar, shorten
 
 _Error = tuple[tuple[str | int, ...], str]  # where pydantic found something wrong, below a node, and its type

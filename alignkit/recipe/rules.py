@@ -15,8 +15,15 @@ from alignkit.recipe.check import show_key
 from alignkit.recipe.methods import FEEDBACK
 from alignkit.recipe.schema import BUILTIN_CONSTITUTIONS, REWARD_KINDS, VERIFY_KEYS
 from alignkit.recipe.sections import Finding, Section, UnreadableError
-from alignkit.recipe.trl_fields import ADAPTER_TYPES, KTO_LOSSES, OWN_LOSSES, adapter_fields, read_snapshot, trl_fields
-from alignkit.recipe.words import TABLES
+from alignkit.recipe.words import (
+    ADAPTER_TYPES,
+    KTO_LOSSES,
+    OWN_LOSSES,
+    TABLES,
+    adapter_fields,
+    read_snapshot,
+    trl_fields,
+)
 from alignkit.recipe.yaml import read_scalar
 
 Rule = Callable[[Section], Iterable[Finding]]

@@ -1,5 +1,5 @@
 """The recipe's own keys, names, types, ranges and the sentence an editor shows: those of the stages are in `methods`,
-TRL's in `trl_fields`."""
+TRL's in `words`."""
 
 import json
 from pathlib import Path
@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model, model_serializer
 
-from alignkit.recipe.trl_fields import ADAPTER_TYPES, Text, adapter_fields, make_type
-from alignkit.recipe.words import TABLES
+from alignkit.recipe.words import ADAPTER_TYPES, TABLES, Text, adapter_fields, make_type
 
 SWEEP = "sweep"
 LEARNT_TOKENIZERS = ("builtin:words", "builtin:bpe")  # values of model.tokenizer that are learnt from training rows

@@ -17,8 +17,7 @@ from alignkit.recipe import schema
 from alignkit.recipe.methods import FEEDBACK, OPTIONS, TASKS, Method, StageOptions, TrainOptions
 from alignkit.recipe.schema import DataSource, FeedbackModel, RewardSource
 from alignkit.recipe.sections import ROWS, RUNS, Section, find_origins
-from alignkit.recipe.trl_fields import KTO_LOSSES, method_fields
-from alignkit.recipe.words import TABLES
+from alignkit.recipe.words import KTO_LOSSES, TABLES, method_fields
 
 
 @dataclass(frozen=True)

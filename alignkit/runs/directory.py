@@ -20,7 +20,7 @@ from alignkit import console
 from alignkit.errors import DataError, RunError
 from alignkit.recipe.methods import PpoOptions
 from alignkit.recipe.stage import Stage, complete_fingerprint
-from alignkit.recipe.trl_fields import method_fields
+from alignkit.recipe.words import method_fields
 from alignkit.runs import files
 from alignkit.runs.files import describe_files, disk_failures, find_damaged_file, open_own, read_json, write_json
 

@@ -15,7 +15,7 @@ from alignkit.errors import RecipeError
 from alignkit.models.adapters import REFERENCE, START, TRAINED, activate, copy_adapter
 from alignkit.recipe import Stage
 from alignkit.recipe.methods import DpoOptions
-from alignkit.recipe.trl_fields import OWN_LOSSES
+from alignkit.recipe.words import OWN_LOSSES
 from alignkit.runs.directory import RunDir
 from alignkit.train import ranks
 from alignkit.train.fit import fit

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from alignkit.recipe.trl_fields import OWN_LOSSES
+from alignkit.recipe.words import OWN_LOSSES
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from alignkit.models.files import find_model_dir, inspect_model_dir, is_builtin
 from alignkit.recipe import Stage
 from alignkit.recipe.methods import PpoOptions, TrainOptions
 from alignkit.recipe.schema import LEARNT_TOKENIZERS
-from alignkit.recipe.trl_fields import OWN_LOSSES
+from alignkit.recipe.words import OWN_LOSSES
 from alignkit.train.trace import Footprint, Shape, Sizes, compute_types, num_devices, shared_by, trace
 
 LARGEST_MICRO_BATCH = 8

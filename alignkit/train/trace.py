@@ -39,7 +39,7 @@ from alignkit.models.load import ROUNDS_TO, UNQUANTIZED, freeze, number_types, r
 from alignkit.models.logprobs import run_trunk, token_logps
 from alignkit.recipe import Stage
 from alignkit.recipe.methods import TrainOptions
-from alignkit.recipe.trl_fields import method_fields
+from alignkit.recipe.words import method_fields
 from alignkit.runs.files import write_json
 from alignkit.train.trainer import switch_off_dropout
 

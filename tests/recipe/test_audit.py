@@ -11,7 +11,7 @@ from alignkit.recipe import Recipe, resolve
 from alignkit.recipe.check import accepted_keys
 from alignkit.recipe.rules import CONFLICTS, find_optimizer
 from alignkit.recipe.schema import RecipeOptions
-from alignkit.recipe.trl_fields import read_snapshot
+from alignkit.recipe.words import read_snapshot
 
 Load = Callable[..., Recipe]
 Complain = Callable[..., list[str]]

@@ -15,8 +15,7 @@ from alignkit.recipe import load_recipe
 from alignkit.recipe.check import check_field, describe_unknown_in_stage
 from alignkit.recipe.methods import OPTIONS
 from alignkit.recipe.schema import DataSource, EvaluateOptions, LaunchOptions, LoraOptions, ModelOptions, RecipeOptions
-from alignkit.recipe.trl_fields import OWN, method_fields, trl_fields
-from alignkit.recipe.words import controlled_fields, find_method, find_word, read_words
+from alignkit.recipe.words import OWN, controlled_fields, find_method, find_word, method_fields, read_words, trl_fields
 from alignkit.recipe.yaml import Node, Origin
 
 REPOSITORY = Path(__file__).resolve().parents[2]

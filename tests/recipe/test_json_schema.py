@@ -15,7 +15,7 @@ from alignkit.preflight.starter import install_schema
 from alignkit.recipe import methods, recipe_schema
 from alignkit.recipe import schema as options
 from alignkit.recipe.methods import FEEDBACK, OPTIONS
-from alignkit.recipe.trl_fields import method_fields
+from alignkit.recipe.words import method_fields
 
 SHIPPED = sorted((Path(__file__).resolve().parents[2] / "recipes").rglob("*.yaml"))
 

@@ -8,7 +8,7 @@ import pytest
 
 from alignkit.errors import count_edits, find_nearest
 from alignkit.recipe import Recipe
-from alignkit.recipe.trl_fields import KTO_LOSSES, OWN_LOSSES
+from alignkit.recipe.words import KTO_LOSSES, OWN_LOSSES
 
 Load = Callable[..., Recipe]
 Complain = Callable[..., list[str]]

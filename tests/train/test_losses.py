@@ -134,7 +134,7 @@ def test_preference_losses_worked_by_hand(
 
 
 def test_every_loss_of_the_table_has_its_function() -> None:
-    from alignkit.recipe.trl_fields import OWN_LOSSES
+    from alignkit.recipe.words import OWN_LOSSES
     from alignkit.train.losses import pick_loss
 
     for name in OWN_LOSSES:

@@ -320,7 +320,7 @@ def test_every_preference_loss_trains_and_changes_the_policy(loss: str, make_sta
 
 
 def test_all_losses_are_tried() -> None:
-    from alignkit.recipe.trl_fields import KTO_LOSSES, OWN_LOSSES, trl_fields
+    from alignkit.recipe.words import KTO_LOSSES, OWN_LOSSES, trl_fields
 
     assert {*trl_fields("dpo")["loss_type"]["items"]["enum"], *OWN_LOSSES, *KTO_LOSSES} == set(LOSSES)
 
