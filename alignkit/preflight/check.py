@@ -356,13 +356,14 @@ def find_doubts(report: dict[str, Any]) -> list[str]:
 
 def preview_stage(stage: Stage, *, num_rows: int) -> dict[str, Any]:
     """Tokenise the rows of a stage as training does, collate the first ones and look for faults; loads no weights.
-    Plain data: rows as `train.preview` describes them, facts counted over all rows, and findings in words."""
+    Plain data: rows as `preview_rows` describes them, facts counted over all rows, and findings in words."""
     if stage.method in FEEDBACK:
         what = f"{stage.name} is a {stage.method} stage: it trains on no rows; preview the stage that trains on what it"
         raise RecipeError(f"{what} writes", where=stage.where(stage.name))
     from alignkit.data import Rejects
     from alignkit.models.chat import load_chat
-    from alignkit.train.preview import preview_rows, training_rows
+    from alignkit.train.encode import preview_rows
+    from alignkit.train.setup import training_rows
     from alignkit.train.tables import learn_vocabulary, prepare_tables
 
     stage, _ = start_today(stage)

@@ -26,7 +26,7 @@ from alignkit.recipe.methods import FEEDBACK, LabelOptions, PpoOptions, TrainOpt
 from alignkit.recipe.schema import LoraOptions
 from alignkit.runs.directory import RunDir
 from alignkit.runs.record import memory_bytes
-from alignkit.train import memory
+from alignkit.train import setup
 from alignkit.train.encode import longest_sequence
 from alignkit.train.tables import learn_vocabulary, prepare_tables
 from alignkit.train.trace import num_devices, one_process, recomputes
@@ -140,7 +140,7 @@ def _change(stage: Stage, *, trainer: Any = (), lora: LoraOptions | None = None,
 def _plan_stage(stage: Stage, device: Device, *, tokens: int | None, longest: int) -> dict[str, Any]:
     options, notes, rows = stage.options, list[str](), None
     today, _ = start_today(stage)
-    config = memory.read_shape(today)
+    config = setup.read_shape(today)
     if tokens is None:
         rows = _read_rows(today, notes)
         answer = getattr(options, "max_new_tokens", None) or 0
@@ -152,7 +152,7 @@ def _plan_stage(stage: Stage, device: Device, *, tokens: int | None, longest: in
     wanted = getattr(options, "micro_batch_size", None)
     micro = getattr(options, "batch_size", 1) if wanted is None else wanted
     if wanted == "auto":  # what training would take
-        sizes = memory.micro_batches(stage, num_devices(stage))
+        sizes = setup.micro_batches(stage, num_devices(stage))
         micro = max((size for size in sizes if size <= (largest or 1) or device.kind == "cpu"), default=sizes[0])
     found = fit.predict(stage, micro)
     advice = [fit.advise()] if found.needs > device.bytes else []
@@ -182,14 +182,14 @@ class _Fit:
             if not source or source.startswith("builtin:") or source in stage.source_stages:
                 continue
             try:
-                self._foreign[role] += int(memory.size_model(source, device.kind)[0])
+                self._foreign[role] += int(setup.size_model(source, device.kind)[0])
             except AlignKitError:
-                self._foreign[role] += memory.count_weights(config) * (2 if device.kind == "cuda" else 4)
+                self._foreign[role] += setup.count_weights(config) * (2 if device.kind == "cuda" else 4)
                 self.notes.append(f"{source} taken as large as the policy, as its config is not here")
 
-    def predict(self, stage: Stage, micro: int) -> memory.Prediction:
+    def predict(self, stage: Stage, micro: int) -> setup.Prediction:
         kind, foreign = self._device.kind, self._foreign
-        return memory.predict(stage, self._config, micro=micro, device=kind, foreign=foreign, **self._row)
+        return setup.predict_memory(stage, self._config, micro=micro, device=kind, foreign=foreign, **self._row)
 
     def largest(self, stage: Stage) -> int | None:
         """The largest micro batch up to 256 that fits, by halves, the largest first; None where not one row does."""
@@ -256,7 +256,7 @@ def _read_rows(stage: Stage, notes: list[str]) -> tuple[int, int, int, int] | No
     elif limit:
         packs = stage.trainer.get("packing") or stage.objective == "lm"
         longest = limit if packs else min(longest, limit)
-    return len(tables.train), longest, lengths.num_tokens, memory.group_size(stage, tables.train)
+    return len(tables.train), longest, lengths.num_tokens, setup.group_size(stage, tables.train)
 
 
 def _count_work(stage: Stage, rows: tuple[int, ...] | None, tokens: int) -> tuple[int | None, int | None]:
@@ -271,7 +271,7 @@ def _count_work(stage: Stage, rows: tuple[int, ...] | None, tokens: int) -> tupl
     if rows is not None:
         steps = steps if steps > 0 else max(1, round(-(-rows[0] // options.batch_size) * epochs))
         return steps, round(steps * options.batch_size * rows[2] / rows[0])
-    return (steps, steps * options.batch_size * tokens * memory.group_size(stage)) if steps > 0 else (None, None)
+    return (steps, steps * options.batch_size * tokens * setup.group_size(stage)) if steps > 0 else (None, None)
 
 
 def _probe(stage: Stage) -> float:

@@ -20,8 +20,8 @@ from alignkit.runs.directory import RunDir
 from alignkit.train import ranks
 from alignkit.train.fit import fit
 from alignkit.train.losses import PairLoss, Pairs, pick_loss, sequence_logps
-from alignkit.train.samplers import shuffled_order
 from alignkit.train.setup import Setup, build_config, collator_for, open_rows
+from alignkit.train.tables import shuffled_order
 from alignkit.train.trainer import Guarded, switch_off_dropout
 
 

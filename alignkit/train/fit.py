@@ -34,8 +34,8 @@ from alignkit.runs.record import JsonLines, describe_hardware, git_state, versio
 from alignkit.runs.signals import StopFlag, pulse, stop_between_steps
 from alignkit.train import ranks, shards
 from alignkit.train.checkpoint import find_fault
+from alignkit.train.encode import preview_rows
 from alignkit.train.fingerprint import find_longer, fingerprint_stage, hash_data, unread
-from alignkit.train.preview import preview_rows
 from alignkit.train.recorder import Recorder, check_parameters, check_start, computes_in, write_samples
 from alignkit.train.setup import Setup
 from alignkit.train.tables import learn_vocabulary

@@ -23,9 +23,8 @@ from alignkit.runs.directory import RunDir
 from alignkit.train.distill import Teacher
 from alignkit.train.encode import IGNORED, longest_sequence, name_label
 from alignkit.train.fit import fit
-from alignkit.train.samplers import token_batches
 from alignkit.train.setup import Setup, build_config, collator_for, open_rows
-from alignkit.train.tables import Stream
+from alignkit.train.tables import Stream, token_batches
 from alignkit.train.trainer import Guarded
 
 # The tables carry their labels; with these two TRL would look for columns that are no longer there.

@@ -32,8 +32,7 @@ from alignkit.recipe.methods import TrainOptions
 from alignkit.runs.signals import pulse
 from alignkit.train import ranks, shards
 from alignkit.train.checkpoint import Checkpointed, Watch
-from alignkit.train.samplers import EpochSampler, Rest, fill_up, go_on, grouped_order, shuffled_order
-from alignkit.train.tables import Stream
+from alignkit.train.tables import EpochSampler, Rest, Stream, fill_up, go_on, grouped_order, shuffled_order
 
 _UNWRITTEN = 1000  # beside the numbers of signals
 

@@ -1,6 +1,6 @@
 """Predicted against measured memory of 26 trainings on the CPU; writes MEMORY.md beside this file.
 
-    python tests/benchmarks/memory.py [--only REGEX]
+    python tests/benchmarks/setup.py [--only REGEX]
 
 Measured is the highest sum in the log of torch's allocator while alignkit's own trainer takes two steps, weights and
 optimizer state included; predicted is what `alignkit plan` says. Every measurement is a process of its own.
@@ -27,7 +27,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaForS
 from alignkit.cli import quiet_libraries
 from alignkit.recipe import load_recipe, resolve
 from alignkit.runs.directory import RunDir
-from alignkit.train import memory
+from alignkit.train import setup
 
 MODEL = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6, "num_attention_heads": 8,
          "num_key_value_heads": 4, "vocab_size": 8192, "max_position_embeddings": 2048}  # fmt: skip
@@ -91,7 +91,7 @@ def measure(case: tuple[str, str, bool, int]) -> tuple[float, float]:
 def _measure(method: str, kind: str, recomputes: bool, length: int, directory: Path) -> tuple[float, float]:
     quiet_libraries()
     stage = resolve(load_recipe(write_recipe(directory, method, kind, recomputes, length)), method)
-    predicted = memory.predict(stage, memory.read_shape(stage), micro=ROWS, tokens=length, device="cpu")
+    predicted = setup.predict_memory(stage, setup.read_shape(stage), micro=ROWS, tokens=length, device="cpu")
     run = RunDir(directory / "run")
     run.checkpoints.mkdir(parents=True)
     module = importlib.import_module(f"alignkit.train.{method}")
@@ -129,7 +129,7 @@ def main() -> None:
         "# Memory, predicted and measured",
         "",
         f"On the CPU, {ROWS} rows a step, float32; a Llama of {MODEL['num_hidden_layers']} layers of "
-        f"{MODEL['hidden_size']}. Made by `python tests/benchmarks/memory.py`; GPU.md has what a card measured.",
+        f"{MODEL['hidden_size']}. Made by `python tests/benchmarks/setup.py`; GPU.md has what a card measured.",
         "",
         "| method | trained | recomputes | tokens | predicted MiB | measured MiB | difference |",
         "|---|---|---|---|---|---|---|",

@@ -3,7 +3,7 @@
     python tests/benchmarks/shards.py [--only REGEX]
 
 Two real processes joined by gloo, on the CPU. Measured is the highest sum in the log of torch's allocator over two
-steps, as in memory.py, from which the model and the rows are, without gloo's copies. zero2 and zero3 need DeepSpeed.
+steps, as in setup.py, from which the model and the rows are, without gloo's copies. zero2 and zero3 need DeepSpeed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from memory import MODEL, ROWS, write_recipe
 from alignkit.launch.accelerate import join_launcher
 from alignkit.recipe import Stage, load_recipe, resolve
 from alignkit.runs.directory import RunDir
-from alignkit.train import memory, ranks
+from alignkit.train import ranks, setup
 
 LENGTH = 128
 STRATEGIES = ("ddp", "fsdp", "zero2", "zero3")
@@ -81,7 +81,7 @@ def highest(events: list[dict[str, Any]], start: float) -> int:
     return most
 
 
-def measure(method: str, kind: str, mixed: str, strategy: str) -> tuple[memory.Prediction, list[int]]:
+def measure(method: str, kind: str, mixed: str, strategy: str) -> tuple[setup.Prediction, list[int]]:
     """Predict the highest moment of each process of two, and count it in both."""
     with tempfile.TemporaryDirectory(prefix="alignkit-shards-") as name:
         directory = Path(name)
@@ -90,7 +90,7 @@ def measure(method: str, kind: str, mixed: str, strategy: str) -> tuple[memory.P
         more = ["launch.processes=2", f"launch.strategy={strategy}", f"launch.mixed_precision={mixed}"]
         more += [f"{method}.batch_size={2 * ROWS}"]
         stage = resolve(load_recipe(recipe, overrides=more), method, out=directory / "run")
-        found = memory.predict(stage, memory.read_shape(stage), micro=ROWS, tokens=LENGTH, device="cpu")
+        found = setup.predict_memory(stage, setup.read_shape(stage), micro=ROWS, tokens=LENGTH, device="cpu")
         here = [str(Path(__file__).parent), str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
         variables = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__]

@@ -79,7 +79,7 @@ def build_trl(method: str, model: Path, rows: Path, out: Path, *, batch: int, wo
     import trl
     from datasets import load_dataset
 
-    from alignkit.train.samplers import shuffled_order
+    from alignkit.train.tables import shuffled_order
 
     name = {"sft": "SFT", "dpo": "DPO", "rm": "Reward"}[method]
     data = load_dataset(str(rows), split="train")
@@ -116,8 +116,8 @@ def train_bare(stage: Any, run: Any, *, batch: int) -> Clock:
     from torch.nn.functional import cross_entropy, logsigmoid
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    from alignkit.train.samplers import shuffled_order
     from alignkit.train.setup import collator_for, open_rows
+    from alignkit.train.tables import shuffled_order
 
     setup = open_rows(stage, run)
     table, collate = setup.tables.train, collator_for(stage, setup.chat.tokenizer)

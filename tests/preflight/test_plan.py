@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 from alignkit.errors import UsageError
 from alignkit.preflight.plan import Device, Plan, plan_recipe
 from alignkit.recipe import load_recipe, resolve
-from alignkit.train import memory, setup, trace
+from alignkit.train import setup, trace
 
 ROOT = Path(__file__).parents[2]
 GIB = 2**30
@@ -85,7 +85,7 @@ def test_the_peak_is_what_a_card_measured(name: str, shapes: Path, tmp_path: Pat
     (tmp_path / "r.yaml").write_text(f"{text}gradient_checkpointing: {str(recomputes).lower()}}}\n")
     stage = resolve(load_recipe(tmp_path / "r.yaml"), method)
     tokens = 2048 if method == "sft" else 1024
-    found = memory.predict(stage, memory.read_shape(stage), micro=rows, tokens=tokens, device="cuda")
+    found = setup.predict_memory(stage, setup.read_shape(stage), micro=rows, tokens=tokens, device="cuda")
     assert found.notes == [] and found.total / GIB == pytest.approx(gib, rel=0.04)
 
 
@@ -112,7 +112,7 @@ def test_a_rollout_and_its_steps_peak_as_a_card_measured(shapes: Path, tmp_path:
     (tmp_path / "r.yaml").write_text(text + "gradient_checkpointing: false}\n")
     stage = resolve(load_recipe(tmp_path / "r.yaml"), "ppo")
     # 129 tokens of a prompt, as tests/benchmarks/gpu.py writes them
-    found = memory.predict(stage, memory.read_shape(stage), micro=8, tokens=257, device="cuda")
+    found = setup.predict_memory(stage, setup.read_shape(stage), micro=8, tokens=257, device="cuda")
     # Measured with a float32 reference; since then its linear layers lie in the 16 bits that autocast reads.
     saved = 2 * 16 * (2 * 2048 * 2048 + 2 * 2048 * 512 + 3 * 2048 * 8192) / GIB
     assert found.notes == [] and found.total / GIB == pytest.approx(float(measured_gib) - saved, rel=0.05)
@@ -259,7 +259,7 @@ def two_processes() -> Iterator[Any]:
 def test_a_strategy_holds_what_two_processes_held(
     method: str, kind: str, mixed: str, strategy: str, mib: float, rank0: float, rank1: float, tmp_path: Path
 ) -> None:
-    LlamaConfig(  # as tests/benchmarks/memory.py has it
+    LlamaConfig(  # as tests/benchmarks/setup.py has it
         hidden_size=256, intermediate_size=704, num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=4,
         vocab_size=8192, max_position_embeddings=2048,
     ).save_pretrained(tmp_path / "shape")  # fmt: skip
@@ -270,7 +270,7 @@ def test_a_strategy_holds_what_two_processes_held(
     )
     (tmp_path / "r.yaml").write_text(text)
     stage = resolve(load_recipe(tmp_path / "r.yaml"), method)
-    found = memory.predict(stage, memory.read_shape(stage), micro=2, tokens=128, device="cpu").total / 2**20
+    found = setup.predict_memory(stage, setup.read_shape(stage), micro=2, tokens=128, device="cpu").total / 2**20
     off = 0.11 if (strategy, mixed) == ("zero3", "no") else 0.1  # float32: something of DeepSpeed's is not counted
     assert found == pytest.approx(mib, rel=0.01) and found == pytest.approx(max(rank0, rank1), rel=off)
 
@@ -351,8 +351,8 @@ def test_auto_takes_what_fits_on_the_card(shapes: Path, tmp_path: Path, monkeypa
     stage, table = resolve(load_recipe(tmp_path / "r.yaml"), "sft"), Dataset.from_dict({"length": [100, 1024]})
     # No card is here: what is asked of it is answered in its place.
     monkeypatch.setattr(setup, "pick_device", lambda *_, **__: "cuda")
-    config = memory.read_shape(stage)
-    two = memory.predict(stage, config, micro=2, tokens=1024, device="cuda").needs
+    config = setup.read_shape(stage)
+    two = setup.predict_memory(stage, config, micro=2, tokens=1024, device="cuda").needs
     for free, micro in ((80 * GIB, 8), (two + 1, 2), (0, 1)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free: (free, 80 * GIB))
         setup._fit_micro_batch(stage, table)

@@ -12,8 +12,8 @@ import torch
 from alignkit.errors import UsageError
 from alignkit.recipe import Stage
 from alignkit.runs.directory import RunDir
-from alignkit.train.samplers import token_batches
 from alignkit.train.sft import build
+from alignkit.train.tables import token_batches
 
 ROWS = [{"text": "word " * number} for number in (1, 2, 3, 3, 9, 12, 20, 40, 41, 60)]
 RECIPE = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from alignkit.train.samplers import EpochSampler, fill_up, go_on, grouped_order, shuffled_order
+from alignkit.train.tables import EpochSampler, fill_up, go_on, grouped_order, shuffled_order
 
 
 def test_every_row_comes_once_per_epoch() -> None:
