@@ -122,7 +122,8 @@ class _Unread:
         if len(arguments) == 1 and "input_ids" not in given:  # as GPT-2's heads call it
             arguments, given = (), given | {"input_ids": arguments[0]}
         ids_BT, mask_BT, self.places_BT = given.get("input_ids"), cast(Tensor, given.get("attention_mask")), None
-        if ids_BT is None or ids_BT.device.type != "cpu" or not _pads_right(given) or self.drops():
+        noisy = trunk.training and hasattr(trunk.get_input_embeddings(), "neftune_noise_alpha")  # by the size of a row
+        if ids_BT is None or ids_BT.device.type != "cpu" or not _pads_right(given) or self.drops() or noisy:
             return None
         tensors = {name for name, value in given.items() if isinstance(value, Tensor)}
         wants_all = any(given.get(name) for name in ("output_hidden_states", "output_attentions"))

@@ -312,6 +312,26 @@ def test_dropout_keeps_the_padding_for_which_its_numbers_are_drawn() -> None:
     assert seen == [(5, 14), (1, 31)]
 
 
+def test_noise_on_embeddings_is_that_of_padded_rows() -> None:
+    """Its size falls with the places of a row, and rows that begin alike are given noise of their own."""
+    from transformers.integrations.neftune import activate_neftune, deactivate_neftune
+
+    ids, mask = pairs_of_rows()
+    models = narrow("llama", scores=False, window=64)
+    handles = [activate_neftune(model.train(), 5.0) for model in models]
+
+    def read(model: nn.Module) -> torch.Tensor:
+        torch.manual_seed(0)
+        return model(input_ids=ids, attention_mask=mask, use_cache=False).logits[mask.bool()]
+
+    assert models[1].takes_reads
+    torch.testing.assert_close(read(models[1]), read(models[0]), rtol=1e-5, atol=1e-6)
+    seen = seen_by_the_last_layer(models[1])
+    deactivate_neftune(models[1], handles[1])
+    read(models[1])
+    assert seen == [(1, 31)]
+
+
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text", "gpt2"])
 def test_packed_layers_that_are_computed_again_for_the_gradients_give_the_same(kind: str) -> None:
     from trl.trainer.utils import add_fused_lm_head
