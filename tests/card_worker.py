@@ -33,7 +33,7 @@ from alignkit.recipe import load_recipe, resolve
 from alignkit.runs.directory import RunDir
 from alignkit.train.ppo.math import kl_losses, policy_losses, token_weights, value_losses
 from alignkit.train.ppo.roles import Roles, critic_from_policy, critic_on_policy, read_answers
-from alignkit.train.shards import clip_gradients
+from alignkit.train.ranks import clip_gradients
 
 PROMPTS, ANSWERS = [[5, 6, 7], [8, 9]], [[10, 11], [12, 13, 14]]
 ENDS: dict[str, Any] = {"eos_ids": [500], "max_new_tokens": 6}

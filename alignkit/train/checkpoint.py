@@ -38,7 +38,7 @@ from alignkit.runs.directory import (
 from alignkit.runs.files import describe_bytes, disk_failures, free_bytes, write_json
 from alignkit.runs.record import spare_memory_bytes
 from alignkit.runs.signals import StopFlag, pulse
-from alignkit.train import ranks, shards
+from alignkit.train import ranks
 
 
 @dataclass
@@ -76,7 +76,7 @@ class Checkpointed(Trainer):
     _unwritten: Exception | None = None  # why it could not, until all ranks may hear of it
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        self._save(output_dir, state_dict=shards.gather_model(self))
+        self._save(output_dir, state_dict=ranks.gather_model(self))
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Save weights and tokenizer, without the frozen adapters and without `training_args.bin`, a pickle."""
@@ -94,7 +94,7 @@ class Checkpointed(Trainer):
             self._save_error = error
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        state = shards.gather_optimizer(self)
+        state = ranks.gather_optimizer(self)
         error, self._save_error = self._save_error, None
         if error is not None:
             raise error
@@ -155,11 +155,11 @@ class Checkpointed(Trainer):
                 "evaluation_cut": self.evaluation_cut, **self.watch.facts,
             })  # fmt: skip
             best = self.state.best_global_step
-            if not (self.is_deepspeed_enabled or shards.is_sharded(self)):  # else it is a copy already
+            if not (self.is_deepspeed_enabled or ranks.is_sharded(self)):  # else it is a copy already
                 size = sum(leaf.nbytes for leaf in tree_leaves(state) if isinstance(leaf, torch.Tensor))
                 if 2 * size > spare_memory_bytes():
                     return seal(state, facts, best)
-                state = shards.copy_tensors(state)
+                state = ranks.copy_tensors(state)
             # A daemon: a second signal waits for nothing.
             self._writer = threading.Thread(target=seal, args=(state, facts, best), name="checkpoint", daemon=True)
             self._writer.start()
@@ -198,7 +198,7 @@ class Checkpointed(Trainer):
 
     def refuse_bad_weights(self) -> None:
         """Raise NonFiniteError on every rank when an update has left weights that are not finite: too large a step."""
-        trained = [shards.local(parameter) for parameter in self.model.parameters() if parameter.requires_grad]
+        trained = [ranks.local_part(parameter) for parameter in self.model.parameters() if parameter.requires_grad]
         if ranks.largest(int(not all(bool(weight.isfinite().all()) for weight in trained))):
             what = f"step {self.state.global_step}: the update has left weights that are not finite; nothing of it was "
             what += f"saved, {self.describe_last_good()}. Lower learning_rate or max_grad_norm"
@@ -235,7 +235,7 @@ class Checkpointed(Trainer):
         if differ := sorted(missing | (saved.keys() - places.keys())):
             what = f"does not hold the parameters being trained ({len(differ)} differ, first {differ[0]}); start over"
             raise RunError(f"{what} with --force", where=str(directory))
-        shards.scatter_model(places, saved)
+        ranks.scatter_model(places, saved)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Load optimizer and schedule, but keep this sitting's settings: a change that was allowed has its effect. That
@@ -247,7 +247,7 @@ class Checkpointed(Trainer):
         settings = [{key: group[key] for key in names & group.keys()} for group in groups]
         base_lrs = list(getattr(schedule, "base_lrs", ()))
         read = partial(torch.load, map_location="cpu", weights_only=True)
-        shards.scatter_optimizer(self, read(Path(checkpoint, "optimizer.pt")))
+        ranks.scatter_optimizer(self, read(Path(checkpoint, "optimizer.pt")))
         schedule.load_state_dict(read(Path(checkpoint, "scheduler.pt")))
         groups = self.optimizer.param_groups
         for group, given in zip(groups, settings, strict=True):

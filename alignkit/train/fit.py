@@ -32,7 +32,7 @@ from alignkit.runs.directory import Result, RunDir, compare_fingerprints, newest
 from alignkit.runs.files import disk_failures, put_aside, write_json
 from alignkit.runs.record import JsonLines, describe_hardware, git_state, versions
 from alignkit.runs.signals import StopFlag, pulse, stop_between_steps
-from alignkit.train import ranks, shards
+from alignkit.train import ranks
 from alignkit.train.checkpoint import find_fault
 from alignkit.train.encode import preview_rows
 from alignkit.train.fingerprint import find_longer, fingerprint_stage, hash_data, unread
@@ -256,7 +256,7 @@ def _train(setup: Setup, stop: StopFlag, fingerprint: dict[str, Any]) -> None:
             trainer._prepare_for_training(planned, loader, newest)
             trainer.state = state
             return
-    elif not shards.is_sharded(trainer):
+    elif not ranks.is_sharded(trainer):
         check_start(setup)
     if newest is None and stage.lora is not None and stage.lora.init_lora_weights == "eva":
         begin_by_data(trainer.model, islice(trainer.get_train_dataloader(), 16))
@@ -350,15 +350,15 @@ def _save_final(setup: Setup) -> dict[str, Any]:
     # `keep_fp32_wrapper` goes back to the class's forward, past those that TRL and ppo have put in its place.
     if (before := model.__dict__.pop("_original_forward", None)) is not None:
         model.forward = before
-    shards.reshard(model)
+    ranks.reshard(model)
     after = None  # of a sharded model all ranks put it together
-    if setup.stage.lora is not None and (ranks.is_main() or shards.is_sharded(trainer)):
+    if setup.stage.lora is not None and (ranks.is_main() or ranks.is_sharded(trainer)):
         after = hash_base(model)
     staging = run.path / "model.tmp"  # does not count yet
     pulse("saving the model")
     facts: dict[str, Any] = {
         "lineage": setup.loaded.lineage, "precision": setup.loaded.precision, "stop_ids": setup.chat.stop_ids,
-        "state_dict": shards.gather_model(trainer), "head": setup.head, "dtype": setup.stage.model.save_dtype,
+        "state_dict": ranks.gather_model(trainer), "head": setup.head, "dtype": setup.stage.model.save_dtype,
     }  # fmt: skip
 
     def save() -> None:

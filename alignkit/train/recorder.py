@@ -29,8 +29,8 @@ from alignkit.runs.record import JsonLines
 from alignkit.runs.signals import pulse
 from alignkit.train import ranks
 from alignkit.train.losses import is_logistic
+from alignkit.train.ranks import gathered_root, is_sharded
 from alignkit.train.setup import Setup
-from alignkit.train.shards import gathered_root, is_sharded
 from alignkit.train.trainer import Guarded
 
 LN2 = math.log(2)

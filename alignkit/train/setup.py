@@ -182,8 +182,8 @@ def build_config(stage: Stage, config_class: type[_Config], checkpoints: Path, *
         "bf16": precision == "bf16",
         "fp16": precision == "fp16",
     }
-    # A launcher that has FSDP recompute activations must not find transformers doing it too; `shards.set_up` sees to
-    # it later.
+    # A launcher that has FSDP recompute activations must not find transformers doing it too; `set_up_shards` sees to it
+    # later.
     by_fsdp = ranks.uses_fsdp() and os.environ.get("FSDP_ACTIVATION_CHECKPOINTING", "false").lower() == "true"
     recompute = False if by_fsdp else stage.launch.activation_checkpointing
     if recompute is not None:

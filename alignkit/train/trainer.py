@@ -30,7 +30,7 @@ from alignkit.models import kernels
 from alignkit.models.adapters import TRAINED
 from alignkit.recipe.methods import TrainOptions
 from alignkit.runs.signals import pulse
-from alignkit.train import ranks, shards
+from alignkit.train import ranks
 from alignkit.train.checkpoint import Checkpointed, Watch
 from alignkit.train.tables import EpochSampler, Rest, Stream, fill_up, go_on, grouped_order, shuffled_order
 
@@ -86,7 +86,7 @@ class Guarded(Checkpointed):
         for model in filter(None, (self.model, getattr(self, "ref_model", None))):
             model = self.accelerator.unwrap_model(model)  # DeepSpeed's engine around a reference
             kernels.leave_out_masks(model.get_base_model() if isinstance(model, PeftModel) else model)
-            if not shards.is_sharded(self):  # whose layers may be run a second time
+            if not ranks.is_sharded(self):  # whose layers may be run a second time
                 kernels.leave_out_unread(model)
         if getattr(self.args, "disable_dropout", False):
             switch_off_dropout(self.model)
@@ -125,7 +125,7 @@ class Guarded(Checkpointed):
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
         if ranks.uses_fsdp():
-            shards.set_up(self)
+            ranks.set_up_shards(self)
 
     def create_optimizer(self, *args: Any) -> Any:
         if self.lora_plus_ratio is not None:
@@ -159,7 +159,7 @@ class Guarded(Checkpointed):
         max_steps = self._schedule_steps or max_steps
         if not self.is_deepspeed_enabled:
             prepared = super()._prepare_for_training(max_steps, train_dataloader, checkpoint)
-            shards.settle(self)
+            ranks.settle_shards(self)
             return prepared
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)  # it would look for DeepSpeed's own
         backward = self.accelerator.backward
@@ -367,7 +367,7 @@ class Guarded(Checkpointed):
         self._metrics["eval"].update({name: [value] for name, value in means.items()})  # TRL's `log` adds them
         if self.is_measured():
             assert self.measure is not None
-            with shards.gathered_root(self.model):
+            with ranks.gathered_root(self.model):
                 found = ranks.share(self.measure(self.state.global_step))
             metrics |= {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=num_rows)

@@ -36,7 +36,7 @@ from alignkit.models.start import find_base, is_same_model, know_classifier
 from alignkit.recipe import Stage
 from alignkit.recipe.methods import PpoOptions
 from alignkit.runs.files import write_json
-from alignkit.train import ranks, shards
+from alignkit.train import ranks
 from alignkit.train.trainer import switch_off_dropout
 
 REWARD, CRITIC = "reward", "critic"  # adapter names beside those of the models room
@@ -198,7 +198,7 @@ class Critic:
     def rescale(self, gain: float, bias: float) -> None:
         """Let a critic that starts from the reward model start from gain * r + bias, which is what PPO's scores are."""
         if self.model is not None:
-            shards.reshard(self.model)  # FSDP would drop what is done to a whole weight
+            ranks.reshard(self.model)  # FSDP would drop what is done to a whole weight
         self.head.weight.mul_(gain)
         self.head.bias.mul_(gain).add_(bias)
 
@@ -210,7 +210,7 @@ class Critic:
         if self.has_adapter:
             own = policy.state_dict(keep_vars=True)
             tensors = get_peft_model_state_dict(policy, own, adapter_name=CRITIC, save_embedding_layers=False)
-        state = shards.gather(tensors.items()) or {}
+        state = ranks.gather_tensors(tensors.items()) or {}
 
         def write() -> None:
             out.mkdir(parents=True, exist_ok=True)

@@ -36,7 +36,7 @@ from alignkit.models.kernels import leave_out_masks, leave_out_unread
 from alignkit.models.logprobs import Batch, pad_answers
 from alignkit.recipe.methods import PpoOptions
 from alignkit.runs.directory import list_checkpoints, step_of
-from alignkit.train import ranks, shards
+from alignkit.train import ranks
 from alignkit.train.ppo.answers import answer_order, cut_at_text, prompt_numbers, sort_steps
 from alignkit.train.ppo.math import answer_means, kl_losses, policy_losses, value_losses
 from alignkit.train.ppo.roles import CRITIC, Critic, Roles, read_answers
@@ -81,13 +81,13 @@ class Ppo(Guarded, GRPOTrainer):
         super().__init__(*args, reward_funcs=lambda **_: [], **kwargs)  # the collector computes rewards
         for other in filter(None, (roles.reference, critic and critic.model)):
             leave_out_masks(other)  # as the policy does: at step 0 they agree to the last bit
-            if not shards.is_sharded(self):
+            if not ranks.is_sharded(self):
                 leave_out_unread(other)
         if critic is not None and critic.model is not None and self.args.gradient_checkpointing:
             critic.model.gradient_checkpointing_enable(self.args.gradient_checkpointing_kwargs)
         collector.generate, collector.autocast = self._sample, self.accelerator.autocast
         on_cpu, alone = self.args.device.type == "cpu", self.args.world_size == 1
-        if on_cpu and not shards.is_sharded(self):  # whose ranks must take the same number of passes
+        if on_cpu and not ranks.is_sharded(self):  # whose ranks must take the same number of passes
             # Whole weights have a gradient that every piece is added to, so theirs are longer.
             collector.piece_tokens = 256 if isinstance(self.model, PeftModel) else 512
         whole = options.minibatches == self.args.gradient_accumulation_steps == 1
@@ -166,7 +166,7 @@ class Ppo(Guarded, GRPOTrainer):
         stops, decode = options.stop or (), chat.tokenizer.decode
         names = ("temperature", "top_p", "top_k", "max_new_tokens", "min_new_tokens")
         how = {name: getattr(options, name) for name in names} | {
-            "eos_ids": chat.stop_ids, "pad_id": chat.tokenizer.pad_token_id, "in_step": shards.is_sharded(self),
+            "eos_ids": chat.stop_ids, "pad_id": chat.tokenizer.pad_token_id, "in_step": ranks.is_sharded(self),
             "is_over": (lambda ids: cut_at_text(ids, stops, decode) is not None) if stops else None,
         }  # fmt: skip
         order = sorted(range(len(prompt_ids)), key=lambda place: len(prompt_ids[place]))  # like lengths come together
@@ -177,8 +177,8 @@ class Ppo(Guarded, GRPOTrainer):
             self.model_wrapped, self.accelerator, gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs
         )
         # One autocast over all tokens rounds each weight once; that inside the forward alone, at every token.
-        once = nullcontext() if shards.is_sharded(self) else self.accelerator.autocast()
-        with unwrapped as model, shards.gathered_root(self.model), once:
+        once = nullcontext() if ranks.is_sharded(self) else self.accelerator.autocast()
+        with unwrapped as model, ranks.gathered_root(self.model), once:
             for places in (order[start : start + size] for start in range(0, len(order), size)):
                 batch = [prompt_ids[place] for place in places]
                 answers = generate_answers(model, batch, uniforms_BT=uniforms_BT[places], **how)
@@ -387,10 +387,10 @@ class Ppo(Guarded, GRPOTrainer):
             policy = torch.as_tensor(super()._clip_grad_norm(model))
         else:
             self.accelerator.unscale_gradients()
-            policy = shards.clip_gradients(self._policy_parameters.values(), self.args.max_grad_norm)
+            policy = ranks.clip_gradients(self._policy_parameters.values(), self.args.max_grad_norm)
         if self.critic is None:
             return policy
-        critic = shards.clip_gradients(self._critic_parameters, self.args.max_grad_norm)
+        critic = ranks.clip_gradients(self._critic_parameters, self.args.max_grad_norm)
         self._metrics["train"]["critic_grad_norm"].append(float(critic))
         return (policy**2 + critic**2) ** 0.5
 
@@ -406,7 +406,7 @@ class Ppo(Guarded, GRPOTrainer):
     def _prepare_for_training(self, *args: Any) -> Any:
         prepared = super()._prepare_for_training(*args)
         self._widen_critic()
-        if self.is_deepspeed_enabled and shards.is_sharded(self) and self.roles.reference is not None:
+        if self.is_deepspeed_enabled and ranks.is_sharded(self) and self.roles.reference is not None:
             self.roles.reference = prepare_deepspeed(self.roles.reference, self.accelerator)
         return prepared
 
@@ -420,7 +420,7 @@ class Ppo(Guarded, GRPOTrainer):
         super()._save(output_dir, state_dict)
         directory = Path(str(output_dir))
         for name, tensors in self._held_beside().items():  # all ranks gather, rank 0 writes
-            if (state := shards.gather(tensors.items())) is not None:
+            if (state := ranks.gather_tensors(tensors.items())) is not None:
                 save_file(state, directory / name, metadata={"format": "pt"})
         if self.args.should_save:
             (directory / STATE_FILE).write_text(json.dumps(self.collector.state()) + "\n", encoding="utf-8")
@@ -434,7 +434,7 @@ class Ppo(Guarded, GRPOTrainer):
             if saved.keys() != mine.keys():
                 raise RunError("holds other weights than this run trains; start over with --force",
                                where=str(directory / name))  # fmt: skip
-            shards.scatter_model(mine, saved)
+            ranks.scatter_model(mine, saved)
         self.collector.restore(json.loads((directory / STATE_FILE).read_text(encoding="utf-8")))
 
     def _held_beside(self) -> dict[str, Mapping[str, Tensor]]:
@@ -447,7 +447,7 @@ class Ppo(Guarded, GRPOTrainer):
         if self.ema is None:
             return
         if self.is_deepspeed_enabled:  # which holds the float32 weights elsewhere
-            shards.scatter_model(self.ema.parameters, self.ema.averages)
+            ranks.scatter_model(self.ema.parameters, self.ema.averages)
         for name, average in self.ema.averages.items():  # the averages become the weights
             self.ema.parameters[name].copy_(average)
 
