@@ -41,11 +41,17 @@ def _pads_right(given: dict[str, Any]) -> bool:
     return is_plain and begins and bool(mask_BT[:, 0].all() and (mask_BT[:, 1:] <= mask_BT[:, :-1]).all())
 
 
+def _is_plain(model: Any) -> bool:
+    """Whether no token of a model sees a later one, and its attention is transformers' sdpa."""
+    causal = [module.is_causal for module in model.modules() if hasattr(module, "is_causal")]
+    reads_on = all(causal) and getattr(model.config, "is_causal", True)
+    return bool(causal) and reads_on and model.config._attn_implementation == "sdpa"
+
+
 def leave_out_masks(model: Any) -> None:
     """Take the mask away where all padding is on the right: no real token of a causal model can see it there.
     Attention then takes the kernel that reads half of the pairs. Generation, whose padding is on the left, keeps it."""
-    causal = [module.is_causal for module in model.modules() if hasattr(module, "is_causal")]
-    if not causal or not all(causal) or model.config._attn_implementation != "sdpa":
+    if not _is_plain(model):
         return
 
     def leave_out(_: Any, arguments: Any, given: dict[str, Any]) -> Any:
@@ -197,7 +203,7 @@ def leave_out_unread(model: Any) -> None:
     `reads`. Positions meet in attention only, which sees what it saw, so that no number that is read is another one."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     name = KNOWN["feed_forward_norms"].get(base.config.model_type)
-    if name is None or base.config._attn_implementation != "sdpa":
+    if name is None or not _is_plain(base):
         return
     trunk = base.base_model
     layers = getattr(trunk, "layers", None) or trunk.h

@@ -151,6 +151,23 @@ def test_a_model_that_reads_both_ways_keeps_its_mask() -> None:
     assert isinstance(model, nn.Module)
 
 
+@pytest.mark.parametrize(
+    ("kind", "both_ways"), [("llama", {"is_causal": False}), ("gemma3_text", {"use_bidirectional_attention": True})]
+)
+def test_a_decoder_whose_config_says_that_it_reads_both_ways_does(kind: str, both_ways: dict[str, bool]) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+             "intermediate_size": 48, "head_dim": 8, "vocab_size": 200, "pad_token_id": 0}  # fmt: skip
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes, **both_ways)).eval()
+    ids, mask = pairs_of_rows()
+    inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+    before = model(**inputs).logits
+    kernels.leave_out_masks(model)
+    kernels.leave_out_unread(model)
+    torch.testing.assert_close(model(**inputs).logits, before)
+
+
 def narrow(kind: str, *, scores: bool, window: int = 4) -> tuple[nn.Module, nn.Module]:
     """A tiny model of a family and its copy, which leaves out what is not read."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
