@@ -90,7 +90,7 @@ def prepare(directory: Path) -> None:
     """Write the policy, a reward model of its size, the prompts as tokens, and reward adapters on the policy's base."""
     from transformers import AutoModelForSequenceClassification
 
-    from alignkit.launch import launch_stage
+    from alignkit.launch.run import launch_stage
     from alignkit.recipe import load_recipe, resolve
 
     config, tokenizer = write_policy(directory)

@@ -83,8 +83,8 @@ def make_stage(tmp_path: Path) -> Callable[..., object]:
 
 def _child(stage: object, log: Path, prepare: Callable[[], None] | None, allow_change: tuple[str, ...]) -> int:
     from alignkit.errors import AlignKitError
-    from alignkit.launch import launch_stage
     from alignkit.launch.placement import Command
+    from alignkit.launch.run import launch_stage
 
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 2)

@@ -14,7 +14,7 @@ from helpers import messages, read_rows
 from judge_server import Server
 
 from alignkit.errors import JudgeError, Stopped
-from alignkit.launch import launch_stage
+from alignkit.launch.run import launch_stage
 from alignkit.recipe import load_recipe, resolve
 from alignkit.recipe.schema import FeedbackModel, RewardSource
 from alignkit.recipe.stage import Stage

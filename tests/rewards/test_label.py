@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from alignkit.errors import DataError, RecipeError
-from alignkit.launch import launch_stage
+from alignkit.launch.run import launch_stage
 from alignkit.models.start import builtin_config, builtin_tokenizer
 from alignkit.recipe import load_recipe, resolve
 from alignkit.rewards.kinds import check_rewards

@@ -51,7 +51,7 @@ def resume_exactly(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callab
     def resume(stage: Stage) -> Path:
         from safetensors.torch import load_file
 
-        from alignkit.launch import launch_stage
+        from alignkit.launch.run import launch_stage
         from alignkit.runs.directory import list_checkpoints, step_of
 
         whole, half = tmp_path / "whole", tmp_path / "half"

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from alignkit.errors import ModelError, RecipeError
-from alignkit.launch import launch_stage
+from alignkit.launch.run import launch_stage
 from alignkit.models.adapters import START, TRAINED, activate, begin_by_data
 from alignkit.models.load import build_skeleton, load_policy, load_trained
 from alignkit.models.parameters import hash_base, take_probe

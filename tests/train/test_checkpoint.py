@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from alignkit.errors import DiskError
-from alignkit.launch import launch_stage
+from alignkit.launch.run import launch_stage
 from alignkit.runs.directory import find_damage, list_checkpoints, read_manifest, step_of
 from alignkit.runs.record import JsonLines
 from alignkit.train import checkpoint

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from alignkit.errors import JudgeError, ModelError, UsageError
-from alignkit.launch import launch_stage
+from alignkit.launch.run import launch_stage
 from alignkit.models.frozen import load_causal
 from alignkit.preflight.check import check_recipe
 from alignkit.recipe import Stage, load_recipe, resolve

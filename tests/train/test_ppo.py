@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PrinterCallback, TrainerCallback
 
 from alignkit.errors import ModelError, NonFiniteError, RunError
-from alignkit.launch import launch_stage
+from alignkit.launch.run import launch_stage
 from alignkit.models.frozen import read_norm, score_ids
 from alignkit.models.generation import generate_answers
 from alignkit.models.load import load_trained

@@ -14,7 +14,7 @@ from alignkit.chat import Settings, Speaker
 from alignkit.data import DataReport, Rejects, read_rows
 from alignkit.errors import AlignKitError
 from alignkit.evaluate.run import evaluate
-from alignkit.launch import launch_stage
+from alignkit.launch.run import launch_stage
 from alignkit.models.frozen import load_causal
 from alignkit.preflight.check import preview_stage
 from alignkit.recipe import Stage

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from alignkit.errors import DataError, ModelError, NonFiniteError, RecipeError, RunError, UsageError
-from alignkit.launch import launch_stage
 from alignkit.launch.placement import Command
+from alignkit.launch.run import launch_stage
 from alignkit.recipe import Stage
 from alignkit.runs.directory import RunDir
 
