@@ -187,7 +187,7 @@ def doctor(
         raise typer.BadParameter("a recipe is tried with `alignkit doctor resume --recipe FILE`")
     loaded = _load(recipe)
     from alignkit.errors import AlignKitError
-    from alignkit.preflight.resume import list_stages, prove_resume
+    from alignkit.preflight.doctor import list_stages, prove_resume
 
     tried = []
     for name in list_stages(loaded, stage, trust_code=trust_code):

@@ -9,8 +9,7 @@ from typing import Any
 from alignkit import console
 from alignkit.data import Row
 from alignkit.errors import AlignKitError, EnvironmentProblem, JudgeError, RunError, Stopped, UsageError
-from alignkit.evaluate.context import Context, Metric, load_metrics
-from alignkit.evaluate.intervals import Figure, compare_rows
+from alignkit.evaluate.context import Context, Figure, Metric, compare_rows, load_metrics
 from alignkit.evaluate.options import name_runs
 from alignkit.evaluate.policy import Policy
 from alignkit.evaluate.target import Target, find_target, find_trained, list_siblings, read_measured

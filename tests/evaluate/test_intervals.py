@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from alignkit.evaluate.intervals import (
+from alignkit.evaluate.context import (
     Figure,
     bootstrap,
     compare_rows,

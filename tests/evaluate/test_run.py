@@ -16,7 +16,7 @@ import pytest
 from alignkit.data import DataReport, Rejects, read_rows, split_eval, true_reward
 from alignkit.data.rows import fingerprint_prompt
 from alignkit.errors import DataError, RunError, UsageError
-from alignkit.evaluate.intervals import Figure
+from alignkit.evaluate.context import Figure
 from alignkit.evaluate.options import combine, name_runs, sources
 from alignkit.evaluate.run import describe, evaluate, evaluate_all, merge, table
 from alignkit.evaluate.target import _stage, find_target, list_siblings, read_measured

@@ -21,8 +21,7 @@ from alignkit.models.frozen import load_causal
 from alignkit.preflight.check import check_recipe
 from alignkit.recipe import Stage, load_recipe, resolve
 from alignkit.runs.directory import RunDir
-from alignkit.train.distill import divergence, with_rest
-from alignkit.train.sft import build
+from alignkit.train.sft import build, divergence, with_rest
 
 ROWS = [{"prompt": f"{word} is", "completion": f" {word} and {word}."} for word in ("red", "blue", "green", "dark")]
 TRAIN = "batch_size: 4, max_steps: 4, samples: {num: 0}, learning_rate: 0.01"

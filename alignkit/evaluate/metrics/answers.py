@@ -1,7 +1,6 @@
 """Sampled answers: their length, whether they end, and their rewards."""
 
-from alignkit.evaluate.context import POLICY, ROWS, Context, Metric
-from alignkit.evaluate.intervals import Figure, make_figure, mean_of_groups, share
+from alignkit.evaluate.context import POLICY, ROWS, Context, Figure, Metric, make_figure, mean_of_groups, share
 
 
 def measure(context: Context) -> list[Figure]:

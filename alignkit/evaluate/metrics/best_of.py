@@ -9,8 +9,7 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-from alignkit.evaluate.context import OWN, POLICY, ROWS, Context, Metric
-from alignkit.evaluate.intervals import Figure, Groups, make_figure, mean
+from alignkit.evaluate.context import OWN, POLICY, ROWS, Context, Figure, Groups, Metric, make_figure, mean
 
 
 def measure(context: Context) -> list[Figure]:

@@ -9,8 +9,7 @@ from typing import Any
 
 from alignkit.data import Row
 from alignkit.errors import DataError, UsageError
-from alignkit.evaluate.context import ROWS, Context, Metric
-from alignkit.evaluate.intervals import Figure, make_figure, wilson
+from alignkit.evaluate.context import ROWS, Context, Figure, Metric, make_figure, wilson
 from alignkit.evaluate.target import Target, read_measured
 from alignkit.models.chat import Chat
 from alignkit.models.files import find_model_dir

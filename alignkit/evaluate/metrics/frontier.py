@@ -18,8 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from alignkit.evaluate.context import OWN, POLICY, ROWS, Context, Metric
-from alignkit.evaluate.intervals import Figure, Floats, Groups, make_figure, mean
+from alignkit.evaluate.context import OWN, POLICY, ROWS, Context, Figure, Floats, Groups, Metric, make_figure, mean
 from alignkit.evaluate.metrics.best_of import measure_best_of, measure_best_of_kl
 
 MIN_EFFECTIVE = 10.0

@@ -1,7 +1,6 @@
 """KL(pi || pi_ref) of a policy to its reference, in nats per answer, from sampled answers."""
 
-from alignkit.evaluate.context import OWN, POLICY, ROWS, Context, Metric
-from alignkit.evaluate.intervals import Figure, Groups, make_figure, mean_of_groups
+from alignkit.evaluate.context import OWN, POLICY, ROWS, Context, Figure, Groups, Metric, make_figure, mean_of_groups
 
 
 def measure(context: Context) -> list[Figure]:

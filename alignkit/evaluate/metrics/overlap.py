@@ -9,8 +9,7 @@ from typing import Any
 
 from alignkit.data import Text
 from alignkit.errors import EnvironmentProblem
-from alignkit.evaluate.context import POLICY, ROWS, Context, Metric
-from alignkit.evaluate.intervals import Figure, Method, make_figure, mean
+from alignkit.evaluate.context import POLICY, ROWS, Context, Figure, Method, Metric, make_figure, mean
 from alignkit.feedback.prompts import read_text
 
 _LENGTHS = (8, 12, 16, 24, 32, 48)  # words of a source that a bin ends with

@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 
 from alignkit.data.rows import Row, Text, count_chars
-from alignkit.evaluate.context import ROWS, Context, Metric
-from alignkit.evaluate.intervals import Figure, Floats, bootstrap, compare_rows, make_figure, share
+from alignkit.evaluate.context import ROWS, Context, Figure, Floats, Metric, bootstrap, compare_rows, make_figure, share
 from alignkit.recipe.schema import RewardSource
 from alignkit.rewards.base import Answers
 from alignkit.rewards.kinds.model import ClassifierReward

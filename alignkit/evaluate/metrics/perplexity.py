@@ -5,8 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from alignkit.evaluate.context import POLICY, ROWS, Context, Metric
-from alignkit.evaluate.intervals import Figure, bootstrap, divide, make_figure
+from alignkit.evaluate.context import POLICY, ROWS, Context, Figure, Metric, bootstrap, divide, make_figure
 from alignkit.evaluate.policy import Likelihood
 from alignkit.evaluate.target import split_answer
 

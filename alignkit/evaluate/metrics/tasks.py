@@ -17,8 +17,7 @@ from random import Random
 from alignkit.data.files import read_file
 from alignkit.data.rows import BadRow
 from alignkit.errors import DataError, EnvironmentProblem, Problem, suggest
-from alignkit.evaluate.context import POLICY, Context, Metric
-from alignkit.evaluate.intervals import Better, Figure, Z, make_figure, mean, wilson
+from alignkit.evaluate.context import POLICY, Better, Context, Figure, Metric, Z, make_figure, mean, wilson
 from alignkit.evaluate.policy import Policy
 from alignkit.models.generation import plainly
 

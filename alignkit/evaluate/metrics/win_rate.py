@@ -7,8 +7,19 @@ import numpy as np
 
 from alignkit.data import Text
 from alignkit.data.rows import count_chars
-from alignkit.evaluate.context import POLICY, ROWS, Context, Metric, as_completion
-from alignkit.evaluate.intervals import Better, Figure, Floats, compare_rows, make_figure, share
+from alignkit.evaluate.context import (
+    POLICY,
+    ROWS,
+    Better,
+    Context,
+    Figure,
+    Floats,
+    Metric,
+    as_completion,
+    compare_rows,
+    make_figure,
+    share,
+)
 from alignkit.feedback.prompts import read_text
 from alignkit.rewards.kinds.judge import Comparer
 
