@@ -13,7 +13,7 @@ from alignkit.errors import DataError, ModelError
 from alignkit.models.chat import NO_TEMPLATE, Chat, ConversationError
 from alignkit.models.frozen import Causal, load_causal
 from alignkit.models.generation import stream_text, stream_tokens
-from alignkit.rewards.base import name_source
+from alignkit.rewards import name_source
 
 HELP = """/reset            forget the conversation
 /system TEXT      set the system message and start afresh; without a text, take it away

@@ -19,7 +19,7 @@ from alignkit.evaluate.policy import Answer, Policy
 from alignkit.evaluate.target import Target, find_target, split_answer
 from alignkit.recipe.schema import BUILTIN_REWARD, METRICS, EvaluateOptions
 from alignkit.report.text import wilson as score_interval
-from alignkit.rewards.base import Answers, Reward, Workspace
+from alignkit.rewards import Answers, Reward, Workspace
 from alignkit.rewards.kinds import make_comparer, open_reward
 from alignkit.rewards.kinds.judge import Comparer
 

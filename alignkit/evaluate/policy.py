@@ -13,7 +13,7 @@ from alignkit.models.frozen import Causal, fingerprint_causal, load_causal
 from alignkit.models.generation import generate_answers, usual_length
 from alignkit.models.hub import quiet_transformers
 from alignkit.models.scoring import can_share, follow_greedily, score_tokens
-from alignkit.rewards.base import Workspace, collect_memory
+from alignkit.rewards import Workspace, collect_memory
 
 _FAR = 10**9
 _Ids = Sequence[int]

@@ -21,7 +21,7 @@ from alignkit.recipe import Stage
 from alignkit.recipe.schema import METRICS, EvaluateOptions
 from alignkit.report.evaluation import name_all_data
 from alignkit.report.publish import show
-from alignkit.rewards.base import Workspace
+from alignkit.rewards import Workspace
 from alignkit.rewards.kinds import check_judge
 from alignkit.rewards.kinds.judge import Comparer
 from alignkit.runs.directory import RunDir, form_of

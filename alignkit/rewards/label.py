@@ -23,7 +23,7 @@ from alignkit.feedback.writer import Model, Sampling, share_of_first
 from alignkit.recipe.methods import LabelOptions
 from alignkit.recipe.schema import DataSource
 from alignkit.recipe.stage import Stage
-from alignkit.rewards.base import Answers, Reward, join_columns, stage_space
+from alignkit.rewards import Answers, Reward, join_columns, stage_space
 from alignkit.rewards.kinds import fingerprint_rewards, open_reward
 from alignkit.runs.directory import Result, RunDir, list_changes
 

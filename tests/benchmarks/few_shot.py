@@ -96,7 +96,7 @@ def _time_both(model: Path, ways: Sequence[Callable[..., Any]], count: int, runs
     import pytest
 
     from alignkit.evaluate.policy import Policy
-    from alignkit.rewards.base import Workspace
+    from alignkit.rewards import Workspace
 
     speeds: list[list[float]] = [[] for _ in ways]
     for number in range(runs + 1):  # the first round warms up

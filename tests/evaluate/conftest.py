@@ -18,7 +18,7 @@ import torch
 from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
 
 from alignkit.models.start import builtin_tokenizer
-from alignkit.rewards.base import Workspace
+from alignkit.rewards import Workspace
 
 ROOT = Path(__file__).resolve().parents[2]
 POSITIONS = 96

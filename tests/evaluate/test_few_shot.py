@@ -11,7 +11,7 @@ import torch
 from alignkit.errors import DataError, EnvironmentProblem
 from alignkit.evaluate.metrics.tasks import Item, measure_few_shot, measure_harness, read_task, write_prompt
 from alignkit.evaluate.policy import Policy
-from alignkit.rewards.base import Workspace
+from alignkit.rewards import Workspace
 
 DATA = Path(__file__).resolve().parents[2] / "../shared/data"
 CHOICES = (" superb", " awful", " rather thin and slow", " a")

@@ -25,7 +25,7 @@ from alignkit.feedback.server import ALLOWED
 from alignkit.models.start import builtin_config, builtin_tokenizer, random_model
 from alignkit.recipe import load_recipe
 from alignkit.recipe.schema import EvaluateOptions, FeedbackModel
-from alignkit.rewards.base import Workspace
+from alignkit.rewards import Workspace
 from alignkit.rewards.kinds import make_comparer
 from alignkit.rewards.kinds.judge import ModelComparer
 

@@ -17,7 +17,7 @@ from alignkit.errors import DataError, ModelError
 from alignkit.evaluate.metrics.kl import measure_kl
 from alignkit.evaluate.policy import Policy
 from alignkit.feedback.cache import Store
-from alignkit.rewards.base import Answers, Workspace
+from alignkit.rewards import Answers, Workspace
 from alignkit.rewards.kinds import open_reward
 from alignkit.rewards.kinds.function import is_function
 

@@ -18,7 +18,7 @@ from alignkit.launch.run import launch_stage
 from alignkit.recipe import load_recipe, resolve
 from alignkit.recipe.schema import FeedbackModel, RewardSource
 from alignkit.recipe.stage import Stage
-from alignkit.rewards.base import Answers, Workspace
+from alignkit.rewards import Answers, Workspace
 from alignkit.rewards.kinds.judge import JudgeReward, log_odds
 from alignkit.runs.directory import find_damage, list_checkpoints, step_of
 

@@ -1,4 +1,4 @@
-"""What `alignkit doctor` says of versions, this machine and what works here; equal runs are equal to `doctor resume`, and a difference is named with its place."""
+"""What `alignkit doctor` says of versions, this machine and what works here; and of a run that was killed and resumed."""
 
 from __future__ import annotations
 

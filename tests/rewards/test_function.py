@@ -13,7 +13,7 @@ import pytest
 
 from alignkit.errors import NonFiniteError, RewardError
 from alignkit.recipe import Stage, load_recipe, resolve
-from alignkit.rewards.base import Workspace
+from alignkit.rewards import Workspace
 from alignkit.rewards.kinds.function import FunctionReward
 
 RECIPE = """model: {path: builtin:tiny-gpt2}

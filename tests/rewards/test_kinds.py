@@ -141,7 +141,7 @@ def test_a_new_kind_is_one_file(tmp_path: Path) -> None:
     code = """
 from alignkit.recipe import load_recipe, resolve
 from alignkit.recipe.schema import RewardSource
-from alignkit.rewards.base import Answers, Workspace
+from alignkit.rewards import Answers, Workspace
 from alignkit.rewards.kinds import describe_reward, open_reward
 stage = resolve(load_recipe("a.yaml"), "ppo")
 source = stage.options.reward[0]

@@ -12,7 +12,7 @@ import pytest
 
 from alignkit.errors import EnvironmentProblem, RewardError
 from alignkit.recipe.schema import RewardSource
-from alignkit.rewards.base import Answers, Workspace
+from alignkit.rewards import Answers, Workspace
 from alignkit.rewards.kinds.verify import VerifyReward, _read
 
 IFEVAL = "instruction_id_list"

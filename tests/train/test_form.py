@@ -17,7 +17,7 @@ from alignkit.evaluate.target import find_target
 from alignkit.preflight.check import check_recipe
 from alignkit.recipe import load_recipe
 from alignkit.recipe.schema import DataSource, EvaluateOptions
-from alignkit.rewards.base import Workspace
+from alignkit.rewards import Workspace
 from alignkit.train import dpo, sft
 
 BASE = "model: {path: builtin:tiny-llama}\n"

@@ -26,7 +26,7 @@ from alignkit.models.logprobs import Sampling, pad_answers
 from alignkit.models.start import builtin_config, builtin_tokenizer
 from alignkit.recipe import Stage
 from alignkit.recipe.methods import MissingEos, PpoOptions
-from alignkit.rewards.base import Workspace
+from alignkit.rewards import Workspace
 from alignkit.rewards.kinds import open_reward
 from alignkit.runs.directory import RunDir, list_checkpoints, step_of
 from alignkit.train import ppo

@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 
 from alignkit.errors import DataError
-from alignkit.rewards.base import join_columns
+from alignkit.rewards import join_columns
 from alignkit.train.encode import longest_prompt
 
 RECIPE = (

@@ -14,7 +14,7 @@ import numpy as np
 from alignkit.data.rows import Row, Text, count_chars
 from alignkit.evaluate.context import ROWS, Context, Figure, Floats, Metric, bootstrap, compare_rows, make_figure, share
 from alignkit.recipe.schema import RewardSource
-from alignkit.rewards.base import Answers
+from alignkit.rewards import Answers
 from alignkit.rewards.kinds.model import ClassifierReward
 
 _MARGIN_BINS = 4

@@ -12,7 +12,7 @@ from alignkit.feedback.prompts import read_text
 from alignkit.models.files import find_model_dir, inspect_model_dir, is_builtin
 from alignkit.recipe import Stage
 from alignkit.recipe.schema import BUILTIN_REWARD, REWARD_KINDS, EvaluateOptions, RewardSource
-from alignkit.rewards.base import Answers, Reward, Workspace, stage_space
+from alignkit.rewards import Answers, Reward, Workspace, stage_space
 from alignkit.rewards.kinds.function import is_function
 from alignkit.rewards.kinds.judge import Comparer, ModelComparer, RewardComparer
 

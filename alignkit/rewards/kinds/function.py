@@ -18,7 +18,7 @@ from alignkit.errors import NonFiniteError, RewardError, suggest
 from alignkit.recipe import Stage
 from alignkit.recipe.schema import RewardSource
 from alignkit.recipe.yaml import shorten
-from alignkit.rewards.base import Answers, Workspace, stage_space
+from alignkit.rewards import Answers, Workspace, stage_space
 from alignkit.runs.signals import time_limit
 
 _IMPORT_SECONDS = 120.0

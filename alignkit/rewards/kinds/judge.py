@@ -22,7 +22,7 @@ from alignkit.models.files import find_model_dir, fingerprint_weights
 from alignkit.recipe import Stage
 from alignkit.recipe.methods import PpoOptions
 from alignkit.recipe.schema import FeedbackModel, RewardSource
-from alignkit.rewards.base import Answers, Reward, Workspace, collect_memory, name_source
+from alignkit.rewards import Answers, Reward, Workspace, collect_memory, name_source
 from alignkit.runs.signals import Stop, stop_between_answers
 
 STORE = "judged.jsonl"

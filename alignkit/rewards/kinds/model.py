@@ -16,7 +16,7 @@ from alignkit.errors import ModelError, NonFiniteError, Problem, RewardError, Ru
 from alignkit.models.files import REWARD_NORM, find_model_dir, fingerprint_weights, inspect_model_dir
 from alignkit.recipe import Stage
 from alignkit.recipe.schema import RewardSource
-from alignkit.rewards.base import Answers, Workspace, collect_memory, name_source
+from alignkit.rewards import Answers, Workspace, collect_memory, name_source
 
 if TYPE_CHECKING:
     from alignkit.models.frozen import Classifier, ScoreIds

@@ -21,7 +21,7 @@ from alignkit.errors import EnvironmentProblem, RewardError, suggest
 from alignkit.feedback.prompts import read_text
 from alignkit.recipe import Stage
 from alignkit.recipe.schema import RewardSource
-from alignkit.rewards.base import Answers, Workspace, stage_space
+from alignkit.rewards import Answers, Workspace, stage_space
 from alignkit.rewards.kinds.function import TimeUp
 from alignkit.runs.signals import time_limit
 

@@ -19,7 +19,7 @@ from alignkit.models.frozen import Classifier, ScoreIds
 from alignkit.recipe import Stage
 from alignkit.recipe.methods import PpoOptions
 from alignkit.recipe.schema import RewardSource
-from alignkit.rewards.base import Answers, Reward, stage_space
+from alignkit.rewards import Answers, Reward, stage_space
 from alignkit.rewards.kinds import open_reward
 from alignkit.rewards.kinds.model import ClassifierReward
 from alignkit.train import ranks

@@ -22,7 +22,7 @@ from alignkit.errors import NonFiniteError
 from alignkit.models.chat import Chat
 from alignkit.models.logprobs import Batch, Sampling, pad_answers
 from alignkit.recipe.methods import PpoOptions
-from alignkit.rewards.base import join_columns
+from alignkit.rewards import join_columns
 from alignkit.runs.signals import pulse
 from alignkit.train import ranks
 from alignkit.train.losses import measure_norm
