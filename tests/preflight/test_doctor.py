@@ -1,4 +1,4 @@
-"""What `alignkit doctor` says of versions, this machine and what works here; and of a run that was killed and resumed."""
+"""What `alignkit doctor` says of versions, this machine and what works here, and of a run killed and resumed."""
 
 from __future__ import annotations
 
