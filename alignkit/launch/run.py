@@ -374,7 +374,7 @@ def let_go() -> None:
 
 def _use_slurm(commands: Sequence[Command], how: How) -> None:
     """Write stages as batch jobs, submit them on request, and show them; refuse what a job would not honour."""
-    from alignkit.launch.slurm import write_jobs
+    from alignkit.launch.job import write_jobs
 
     if how.retries:
         raise UsageError("--retries: a Slurm job requeues itself; set launch.slurm.max_requeues")

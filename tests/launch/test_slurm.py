@@ -21,8 +21,8 @@ from pathlib import Path
 import pytest
 
 from alignkit.errors import AlignKitError, DataError, EnvironmentProblem, RecipeError, RunError
+from alignkit.launch.job import build_script, quote, read_time, write_jobs
 from alignkit.launch.placement import Command
-from alignkit.launch.slurm import build_script, quote, read_time, write_jobs
 from alignkit.recipe import load_recipe, resolve
 from alignkit.runs.directory import open_run, refuse_foreign
 
