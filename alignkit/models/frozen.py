@@ -18,6 +18,8 @@ from alignkit.models.kernels import leave_out_unread
 from alignkit.models.load import Model, load_trained, pick_device
 from alignkit.models.logprobs import pad
 from alignkit.models.start import builtin_tokenizer, find_base, read_config
+from alignkit.recipe.methods import SftOptions
+from alignkit.recipe.stage import Stage
 
 ScoreIds = Callable[[list[list[int]]], Tensor]
 
@@ -95,6 +97,20 @@ def load_tokenizer_of(source: str, *, trust_code: bool = False) -> PreTrainedTok
     require_eos(tokenizer, source)
     set_pad_token(tokenizer)
     return tokenizer
+
+
+def require_same_tokens(stage: Stage, tokenizer: Any) -> None:
+    """Raise ModelError unless a teacher on this machine has the student's tokens under the same numbers."""
+    source = getattr(stage.expect(SftOptions).teacher, "model", None)
+    if source is None:
+        return
+    own, theirs = tokenizer.get_vocab(), load_tokenizer_of(source, trust_code=stage.trust_code).get_vocab()
+    differing = sorted(token for token in own.keys() | theirs.keys() if own.get(token) != theirs.get(token))
+    if differing:
+        what = f"{len(differing)} tokens differ, first {differing[0]!r}: number {theirs.get(differing[0])} in the "
+        what += f"teacher, {own.get(differing[0])} in the student"
+        where = stage.where(f"{stage.name}.teacher")
+        raise ModelError(f"{source} has another vocabulary than the student: {what}", where=where)
 
 
 def load_classifier(

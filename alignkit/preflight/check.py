@@ -244,7 +244,7 @@ def _check_tokenizer(stage: Stage, check: StageCheck) -> Chat:
     tokenizer = chat.tokenizer
     needs = requirements.list_needs(stage)
     if stage.objective == "distill" and all(need.key != "teacher" or need.is_made() for need in needs):
-        from alignkit.train.sft import require_same_tokens
+        from alignkit.models.frozen import require_same_tokens
 
         check.note(require_same_tokens, stage, tokenizer)
     check.facts["tokenizer"] = f"{len(tokenizer)} tokens, eos {tokenizer.eos_token}, pad {tokenizer.pad_token}"

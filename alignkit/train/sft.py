@@ -22,7 +22,7 @@ from alignkit.data import Row
 from alignkit.data.load import streams
 from alignkit.errors import DataError, ModelError
 from alignkit.models.adapters import START
-from alignkit.models.frozen import load_causal, load_tokenizer_of
+from alignkit.models.frozen import load_causal, require_same_tokens
 from alignkit.models.generation import generate_answers
 from alignkit.models.heads import encode_tasks, predict, row_logits, task_losses
 from alignkit.models.load import load_policy
@@ -139,20 +139,6 @@ class Teacher:
         found = [sorted(((v["logprob"], int(k)) for k, v in each.items()), reverse=True)[:num] for each in said]
         logps_NK, ids_NK = torch.tensor(found, dtype=torch.float64, device=input_ids.device).unbind(dim=-1)
         return ids_NK.long(), logps_NK.float()
-
-
-def require_same_tokens(stage: Stage, tokenizer: Any) -> None:
-    """Raise ModelError unless a teacher on this machine has the student's tokens under the same numbers."""
-    source = getattr(stage.expect(SftOptions).teacher, "model", None)
-    if source is None:
-        return
-    own, theirs = tokenizer.get_vocab(), load_tokenizer_of(source, trust_code=stage.trust_code).get_vocab()
-    differing = sorted(token for token in own.keys() | theirs.keys() if own.get(token) != theirs.get(token))
-    if differing:
-        what = f"{len(differing)} tokens differ, first {differing[0]!r}: number {theirs.get(differing[0])} in the "
-        what += f"teacher, {own.get(differing[0])} in the student"
-        where = stage.where(f"{stage.name}.teacher")
-        raise ModelError(f"{source} has another vocabulary than the student: {what}", where=where)
 
 
 class Sft(Guarded, SFTTrainer):
