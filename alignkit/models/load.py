@@ -105,6 +105,9 @@ def pick_precision(stage: Stage) -> Precision:
     if options.dtype == "float16" and device != "cuda":
         what = f"model.dtype float16 needs cuda, this is {device}; use float32 or bfloat16"
         raise EnvironmentProblem(f"{stage.where('model.dtype')}: {what}")
+    if stage.trainer.get("activation_offloading") and device == "cpu":
+        key = f"{stage.name}.activation_offloading"
+        raise EnvironmentProblem(f"{stage.where(key)}: {key} moves them to the CPU, which this runs on; leave it out")
     dtype, _ = number_types(stage, half=device == "cuda" and torch.cuda.is_bf16_supported())
     settings = options.quantization, options.double_quantization, options.quantization_storage
     return Precision(dtype, device, *settings)

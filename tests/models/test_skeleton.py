@@ -14,10 +14,11 @@ from transformers import AutoModelForCausalLM, GraniteConfig, MixtralConfig, Phi
 
 from alignkit.errors import EnvironmentProblem, ModelError
 from alignkit.models.generation import generate_answers
-from alignkit.models.load import build_skeleton, load_policy, load_reward_model, load_trained
+from alignkit.models.load import build_skeleton, load_policy, load_reward_model, load_trained, pick_precision
 from alignkit.models.parameters import take_probe
 from alignkit.models.save import save_model
 from alignkit.models.start import builtin_tokenizer
+from alignkit.recipe.schema import LaunchOptions
 from alignkit.recipe.stage import Stage
 
 MakeStage = Callable[..., Stage]
@@ -163,3 +164,11 @@ def test_answers_of_a_mixture_of_experts_leave_the_routers_loss_alone(models: Pa
     with torch.no_grad():
         assert generate_answers(model, [[1, 2, 3], [4]], max_new_tokens=3, eos_ids=[508], pad_id=509)
     assert model.config.output_router_logits
+
+
+def test_what_only_a_card_can_do_is_refused_on_the_cpu_before_any_weight_is_read(make_stage: MakeStage) -> None:
+    stage = replace(make_stage(), trainer={"activation_offloading": True}, launch=LaunchOptions(device="cpu"))
+    with pytest.raises(
+        EnvironmentProblem, match=r"sft\.activation_offloading moves them to the CPU, which this runs on"
+    ):
+        pick_precision(stage)
