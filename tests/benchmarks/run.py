@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -35,15 +36,15 @@ CASES: dict[str, tuple[Callable[..., Sequence[Row]], int]] = {  # name -> (measu
     "help": (measure_help, 15),
     "bad-recipe": (measure_bad_recipe, 15),
     "short-run": (measure_short_run, 3),
-    "throughput": (measure_throughput, 3),
-    "real": (measure_real_model, 3),
+    "throughput": (measure_throughput, 2),
+    "real": (measure_real_model, 1),
     "profile": (measure_profile, 1),
     "growth": (measure_growth, 1),
-    "preparation": (measure_preparation, 3),
-    "processes": (measure_processes, 3),
-    "ppo": (measure_ppo, 3),
-    "grpo": (measure_grpo, 3),
-    "sampling": (measure_sampling, 3),
+    "preparation": (measure_preparation, 2),
+    "processes": (measure_processes, 2),
+    "ppo": (measure_ppo, 2),
+    "grpo": (measure_grpo, 2),
+    "sampling": (measure_sampling, 2),
     "labels": (measure_labels, 3),
     "few-shot": (measure_few_shot, 3),
 }
@@ -63,8 +64,10 @@ def main() -> int:
             print(f"ppo: left as it was: {OTHER_PYTHON} is missing; ppo.py says how to make it", file=sys.stderr)
             continue
         print(f"{case}:", file=sys.stderr)
+        started = time.monotonic()
         with tempfile.TemporaryDirectory(prefix="alignkit-bench-") as directory:
             measured[case] = measure(Path(directory), runs=options.runs or runs)
+        print(f"{case}: {(time.monotonic() - started) / 60:.1f} minutes", file=sys.stderr)
     if options.quick:
         rows = {case: [asdict(row) for row in found] for case, found in measured.items()}
         print(format_table(rows, describe_machine()))
