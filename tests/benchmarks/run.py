@@ -56,8 +56,8 @@ def main() -> int:
     parser.add_argument("--runs", type=int, help="counted rounds of each comparison")
     parser.add_argument("--quick", action="store_true", help="one round of a few cases; leaves RESULTS.md as it is")
     options = parser.parse_args()
-    measured: dict[str, Sequence[Row]] = {}
-    cases = QUICK if options.quick else CASES
+    cases, table = QUICK if options.quick else CASES, ""
+    rows: dict[str, list[dict[str, object]]] = {}
     for case in options.only or cases:
         measure, runs = cases[case]
         if case == "ppo" and not OTHER_PYTHON.exists():
@@ -66,13 +66,13 @@ def main() -> int:
         print(f"{case}:", file=sys.stderr)
         started = time.monotonic()
         with tempfile.TemporaryDirectory(prefix="alignkit-bench-") as directory:
-            measured[case] = measure(Path(directory), runs=options.runs or runs)
+            found = measure(Path(directory), runs=options.runs or runs)
         print(f"{case}: {(time.monotonic() - started) / 60:.1f} minutes", file=sys.stderr)
-    if options.quick:
-        rows = {case: [asdict(row) for row in found] for case, found in measured.items()}
-        print(format_table(rows, describe_machine()))
-    else:
-        print(save_rows(measured, order=list(CASES)))
+        if options.quick:
+            rows[case] = [asdict(row) for row in found]
+        else:  # at once: what comes later may be stopped
+            table = save_rows({case: found}, order=list(CASES))
+    print(format_table(rows, describe_machine()) if options.quick else table)
     return 0
 
 
