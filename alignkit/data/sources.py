@@ -122,7 +122,7 @@ def _locate(source: DataSource) -> Located:
     if _HUB_ID.fullmatch(source.path) and data_suffix(path) is None:
         return Located(source, "hub")
     if path.parent.is_dir():
-        near = suggest(path.name, [entry.name for entry in path.parent.iterdir()])
+        near = suggest(path.name, [entry.name for entry in path.parent.glob("*")])
     else:
         missing = next(parent for parent in path.parents if parent.parent.is_dir())
         near = f"; the directory {label_path(missing)} does not exist"

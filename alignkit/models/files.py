@@ -107,7 +107,7 @@ def find_model_dir(path: str) -> Path | None:
     if not near and (beside or looks_local):
         near = _suggest_run(path) or (f"; {parent} holds {', '.join(beside)}" if beside else near)
     if looks_local and not near and parent.is_dir():
-        near = suggest(directory.name, [folder.name for folder in parent.iterdir() if folder.is_dir()])
+        near = suggest(directory.name, [folder.name for folder in parent.glob("*/")])
     if near or looks_local:
         raise ModelError(f"{path} does not exist{near or '; give a hub id, a local directory, or a builtin name'}")
     if (near := _suggest_run(path)) and not _is_cached(path):

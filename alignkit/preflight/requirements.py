@@ -202,8 +202,7 @@ def _list_texts(stage: Stage) -> Iterator[Callable[[], object]]:
 def _require_file(stage: Stage, key: str, path: str) -> None:
     if not Path(path).is_file():
         folder = Path(path).parent
-        near = [file.name for file in folder.iterdir() if file.is_file()] if folder.is_dir() else []
-        hint = errors.suggest(Path(path).name, near)
+        hint = errors.suggest(Path(path).name, [file.name for file in folder.glob("*")])
         raise errors.RecipeError(f"{key}: {path} is not there{hint}", where=stage.where(key))
 
 

@@ -383,7 +383,7 @@ def _describe_missing(path: Path) -> str:
     folder = path.parent
     if not folder.is_dir():
         return f"does not exist; there is no directory {label_path(folder)}"
-    names = [file.name for file in folder.iterdir() if file.suffix in (".yaml", ".yml")]
+    names = [file.name for file in folder.glob("*") if file.suffix in (".yaml", ".yml")]
     by_stem = {Path(name).stem: name for name in names}
     if nearest := find_nearest(path.name, names) or by_stem.get(find_nearest(path.stem, by_stem) or ""):
         return f"does not exist; did you mean {label_path(folder / nearest)}?"

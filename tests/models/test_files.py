@@ -195,3 +195,10 @@ def test_a_hub_without_address_is_said_at_once(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=20)
     said = "org/model is not on this machine and the hub cannot be reached (https://hub.invalid); download it first, or"
     assert done.stderr.splitlines()[-1].endswith(f"{said} look at the network")
+
+
+def test_neighbours_that_may_not_be_looked_at_do_not_hide_the_message(tmp_path: Path) -> None:
+    (tmp_path / "model-a").mkdir()
+    (tmp_path / "model-c").symlink_to("/proc/1/cwd/x")  # of another user's process
+    with pytest.raises(ModelError, match="model-b does not exist; did you mean model-a"):
+        find_model_dir(str(tmp_path / "model-b"))
