@@ -1,6 +1,7 @@
 """What a stage needs before it may start: earlier stages, models, rewards, judges, rows, packages."""
 
 import importlib.util
+import os
 import shlex
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -202,7 +203,8 @@ def _list_texts(stage: Stage) -> Iterator[Callable[[], object]]:
 def _require_file(stage: Stage, key: str, path: str) -> None:
     if not Path(path).is_file():
         folder = Path(path).parent
-        hint = errors.suggest(Path(path).name, [file.name for file in folder.glob("*")])
+        near = [file.name for file in folder.glob("*") if os.path.isfile(file)]
+        hint = errors.suggest(Path(path).name, near)
         raise errors.RecipeError(f"{key}: {path} is not there{hint}", where=stage.where(key))
 
 

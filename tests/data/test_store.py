@@ -87,7 +87,7 @@ def test_a_full_disk_is_a_disk_error_and_leaves_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_memory_stays_flat_over_a_million_rows(tmp_path: Path) -> None:
-    """Tables of 1,000,000 rows may take 24 MiB more than those of 300,000, 36 bytes a row: no row stays in memory."""
+    """Tables of 1,000,000 rows may take 24 MiB more than those of 300,000: buffers that fill up, and no row."""
     script = Path(__file__).with_name("million_rows.py")
     peaks = {}
     for count in (300_000, 1_000_000):
