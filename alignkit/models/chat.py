@@ -42,9 +42,9 @@ SETTINGS = "chat_template_kwargs"  # their key in tokenizer_config.json, so that
 TASK_TOKENS = ("<|start|>", "<|delimiter|>", "<|extract|>")  # of a classifier, see the heads module
 Text = str | list[Message]
 _THINK = re.compile(r"</?think\w*>")  # in a generation prompt, and in answers by right
-_MAX_WORDS = 100_000  # about 20 MB of Python lists
-# A run of white space with a space in it is cut as a whole, and differently at its end; \0 marks where we cut.
-_RUN = re.compile(r"\s | \s|\0")
+_MAX_WORDS, _MAX_CHARS = 100_000, 2_000_000  # that are kept, some 20 MB; text without spaces is one long word
+# Where a run of white space stands, only before the spaces that stand alone; \0 marks where we cut the other texts.
+_RUN, _ALONE = re.compile(r"\s | \s|\0"), re.compile(r"(?<=\S)(?= \S)")
 # GPT-2's pattern starts anew before newlines; the others may end punctuation with them, and start anew behind them.
 _BEFORE_LINES, _AFTER_LINES, _NOWHERE = (re.compile(at) for at in (r"(?<=\S)(?=\n)", r"(?<=\n)(?=\S)", r"(?!)"))
 
@@ -59,27 +59,28 @@ class WordTokenizer:
         lines = _AFTER_LINES if isinstance(backend.pre_tokenizer, pre_tokenizers.Sequence) else _BEFORE_LINES
         self._lines = _NOWHERE if any(token.lstrip or "\n" in token.content for token in tokens) else lines
         self._known: dict[str, bytes] = {}  # ids, as bytes, of what stands up to a space, with the space before it
+        self._num_chars = 0
 
     def encode(self, texts: Sequence[str]) -> list[array[int]]:
         """Give the ids of each text, int32, without special tokens of its own accord."""
         if not self.cached:
             return self._encode_all(texts)
         known = self._known
-        if len(known) > _MAX_WORDS:
+        if len(known) > _MAX_WORDS or self._num_chars > _MAX_CHARS:
             known.clear()
-        split = [None if _has_run(text) else text.replace(" ", "\0 ").split("\0") for text in texts]
-        # The words that are new, and the texts that must be cut as a whole, all at once. Two words with newlines
-        # between them are seldom seen again, and each of them often.
-        new = set(chain.from_iterable(filter(None, split))).difference(known)
-        cut = {word: self._lines.split(word) for word in new}
-        pieces = set(chain.from_iterable(cut.values())).difference(known)
-        ids = iter(self._encode_all([*pieces, *(texts[at] for at, words in enumerate(split) if words is None)]))
-        known.update((piece, next(ids).tobytes()) for piece in pieces)
+            self._num_chars = 0
+        split = [_ALONE.split(text) if _has_run(text) else text.replace(" ", "\0 ").split("\0") for text in texts]
+        # The words that are new, all at once. Two words with newlines between them are seldom seen again, and each of
+        # them often.
+        cut = {word: self._lines.split(word) for word in set(chain.from_iterable(split)).difference(known)}
+        pieces = list(set(chain.from_iterable(cut.values())).difference(known))
+        known.update(zip(pieces, (ids.tobytes() for ids in self._encode_all(pieces)), strict=True))
+        self._num_chars += sum(map(len, pieces))
         lookup = known.__getitem__
         for word, parts in cut.items():
             if len(parts) > 1:
                 known[word] = b"".join(map(lookup, parts))
-        return [next(ids) if words is None else array("i", b"".join(map(lookup, words))) for words in split]
+        return [array("i", b"".join(map(lookup, words))) for words in split]
 
     def _encode_all(self, texts: Sequence[str]) -> list[array[int]]:
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
@@ -114,7 +115,7 @@ def _cuts_at_spaces(backend: Tokenizer) -> bool:
     return is_known and first["behavior"] == "Isolated" and not first["invert"] and not others[0]["use_regex"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Encoded:
     """Token ids; the first `prompt_length` of them are the prompt, `spans` of them are learnt."""
 
@@ -194,6 +195,10 @@ class Chat:
         ids |= {self._id(template.call_end.token) for template in self._templates.values()}
         return sorted(ids - {None})
 
+    @cached_property
+    def _stops(self) -> tuple[str, ...]:
+        return tuple(self.tokenizer.convert_ids_to_tokens(self.stop_ids))
+
     def _id(self, token: str) -> int | None:
         found: int | None = self.tokenizer.convert_tokens_to_ids(token)
         return found if token in self.tokenizer.get_vocab() else None
@@ -233,8 +238,7 @@ class Chat:
             prompt, completion = _read_one_turn(prompt), _read_one_turn(completion)
         if isinstance(prompt, str) and isinstance(completion, str):
             text = prompt + completion
-            stops = tuple(self.tokenizer.convert_ids_to_tokens(self.stop_ids))
-            if (kept := text.rstrip()).endswith(stops):  # rendered already: nothing is learnt after the end
+            if (kept := text.rstrip()).endswith(self._stops):  # rendered already: nothing is learnt after the end
                 text = kept
             return [Written(text, [(len(prompt), len(text))], len(prompt), plain=True)]
         if isinstance(prompt, str) or isinstance(completion, str):

@@ -50,7 +50,7 @@ class Endless(ConversationError):
     """The template does not come to an end."""
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Written:
     """A text to be tokenised: `start` characters are its prompt, `spans` are learnt; a `plain` one gets BOS and eos."""
 

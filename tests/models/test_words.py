@@ -75,6 +75,30 @@ def test_full_cache_is_emptied_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> N
         assert words.encode([text])[0].tolist() == backend.encode(text).ids
 
 
+def test_texts_without_spaces_do_not_pile_up_in_the_cache() -> None:
+    import tracemalloc
+
+    words, held = WordTokenizer(builtin_tokenizer().backend_tokenizer), []
+    tracemalloc.start()
+    for batch in range(20):
+        words.encode([f"{batch}{number}" + "日本語" * 2000 for number in range(50)])
+        held.append(tracemalloc.get_traced_memory()[0])
+    tracemalloc.stop()
+    assert max(held) < 50 * 2**20  # 83 MiB for all of them, and so on with their number
+
+
+def test_texts_with_runs_of_white_space_are_put_together_of_known_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    for backend in backends().values():
+        words = WordTokenizer(backend)
+        words.encode(["def f(x):\n    return x + 1", "\n\nthe end.  The"])
+        asked: list[str] = []
+        encode = words._encode_all
+        monkeypatch.setattr(words, "_encode_all", lambda texts, a=asked, e=encode: [a.extend(texts), e(texts)][1])
+        text = "\n\nthe end.  The f(x):\n    return x + x + 1"
+        assert words.encode([text])[0].tolist() == backend.encode(text).ids
+        assert asked == []
+
+
 @pytest.mark.parametrize("change", ["normalizer", "prefix", "pattern", "rstrip"])
 def test_tokenizers_that_may_cut_elsewhere_do_the_work_themselves(change: str) -> None:
     from tokenizers import AddedToken
