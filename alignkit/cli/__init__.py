@@ -54,6 +54,18 @@ for function in (look.init, look.migrate, rlaif, run, look.plan, look.check, loo
 _OF_A_RECIPE = ("sft", "rm", "dpo", "ppo", "rlaif", "run", "plan", "check", "preview", "eval")
 
 
+class _Later:
+    """Hides bitsandbytes from `peft.helpers`, which imports it, and a second of compilers with it, for a function that
+    nothing here calls. What quantises imports it afterwards. It can go when that import is inside of the function."""
+
+    @staticmethod
+    def find_spec(name: str, *_: object) -> None:
+        asks = sys.modules.get("peft.helpers") if name == "bitsandbytes" else None
+        if asks is not None and "PeftModel" not in vars(asks):  # its own imports are not done
+            sys.meta_path.remove(_Later)
+            raise ModuleNotFoundError(name)
+
+
 def quiet_libraries() -> None:
     """Switch off pings, bars and chatter of the libraries before they load; what the user has set stays."""
     for name, value in (
@@ -81,6 +93,7 @@ def main() -> int:
     # Pydantic would search every installed distribution for plugins; alignkit has none.
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     quiet_libraries()
+    sys.meta_path.insert(0, _Later)
     if SUPERVISED in os.environ:
         from alignkit.runs.signals import attach
 

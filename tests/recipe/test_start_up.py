@@ -1,4 +1,4 @@
-"""A recipe is judged without loading anything that trains."""
+"""A recipe is judged without loading anything that trains, and training loads nothing that it does not use."""
 
 from __future__ import annotations
 
@@ -31,3 +31,23 @@ def test_neither_a_good_nor_a_bad_recipe_loads_a_training_library(run_python: Ca
     message, modules = json.loads(done.stdout)
     assert "bad.yaml:2: sft.dta is not a key of sft; did you mean data?" in message
     assert [name for name in modules if name.split(".")[0] in HEAVY] == []
+
+
+TRAINS = """
+import sys
+from alignkit.cli import main
+sys.argv = ["alignkit", "sft", "--recipe", "sft.yaml"]
+try:
+    assert main() == 0
+finally:
+    print("bitsandbytes" in sys.modules)
+import bitsandbytes, peft.helpers
+assert peft.import_utils.is_bnb_4bit_available()
+"""
+
+
+def test_training_that_quantises_nothing_does_not_load_bitsandbytes(run_python: Callable, directory: Path) -> None:
+    data = "{path: builtin:instructions, max_rows: 8}"
+    (directory / "sft.yaml").write_text(f"model: {{path: builtin:tiny-gpt2}}\nsft: {{data: {data}, max_steps: 1}}\n")
+    done = run_python("-c", TRAINS)
+    assert (done.returncode, done.stdout.splitlines()[-1:]) == (0, ["False"]), done.stderr
