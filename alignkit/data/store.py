@@ -26,6 +26,7 @@ _MOST_SOURCES, _SPARE_BYTES = 64, 1 << 30  # of the disk of temporary files
 _FORMATS = {form: number for number, form in enumerate(FORMATS)}
 _OF_ROW = attrgetter("kind", "prompt", "completions", "scores", "label", "margin", "columns", "tokens", "answer")
 _TOLD = attrgetter("reason", "equal_answers", "columns", "unread", "noted")
+_to_json = json.JSONEncoder(check_circular=False).encode  # rows are trees; looking for circles is a third of the time
 _kept: dict[str, KeptRows] = {}
 
 
@@ -95,7 +96,7 @@ class KeptRows:
         try:
             self._file = self._file or TemporaryFile()  # noqa: SIM115
             start = self._file.seek(0, os.SEEK_END)
-            self._file.write(json.dumps(rows).encode() + b"\n")
+            self._file.write(_to_json(rows).encode() + b"\n")
             self._file.flush()
             self._is_full = disk_usage(gettempdir()).free < _SPARE_BYTES
         except OSError:

@@ -32,7 +32,7 @@ _UNUSABLE_KEYS: dict[str, str] = KNOWN["unusable"] | KNOWN["unusable in messages
 _SIDES = {"input": "user", "output": "assistant", "question": "user", "answer": "assistant"}
 
 
-@dataclass
+@dataclass(slots=True)
 class Reading:
     """One record being read: where it stands, what the source says of roles, and what is noted on the way."""
 

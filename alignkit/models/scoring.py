@@ -268,8 +268,8 @@ class _Reader:
         """Positions (B, T) and what is added to attention scores (B, 1, T, S + T): 0 for what a token sees."""
         before, lowest = len(self.stem), torch.finfo(self.base.dtype).min
         positions_BT = torch.zeros(num_rows, width, dtype=torch.long)
-        mask_BTS = torch.zeros(num_rows, width, before + width, dtype=self.base.dtype)
-        mask_BTS[:, :, before:] = lowest
+        mask_BTS = torch.full((num_rows, width, before + width), lowest, dtype=self.base.dtype)
+        mask_BTS[:, :, :before] = 0
         longest = max(end - start for spans in pieces for *_, (start, end) in spans)
         later_TT = torch.full((longest, longest), lowest, dtype=self.base.dtype).triu(1)
         for row, spans in enumerate(pieces):
