@@ -7,10 +7,12 @@ python tests/benchmarks/run.py --quick      what each change is held against, in
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -26,16 +28,17 @@ from start_up import measure_bad_recipe, measure_help
 from steady import measure_growth, measure_preparation, measure_profile, measure_real_model, measure_throughput
 from table import Row, describe_machine, format_table, save_rows
 
-QUICK = {  # one round of each
+Cases = dict[str, tuple[Callable[..., Sequence[Row]], int]]  # name -> (measure, rounds)
+QUICK: Cases = {  # one round of each
     "help": (measure_help, 5),
     "bad-recipe": (measure_bad_recipe, 3),
     "throughput": (partial(measure_throughput, sizes=["0.14 M"]), 1),
     "profile": (measure_profile, 1),
 }
-CASES: dict[str, tuple[Callable[..., Sequence[Row]], int]] = {  # name -> (measure, rounds)
+CASES: Cases = {
     "help": (measure_help, 15),
     "bad-recipe": (measure_bad_recipe, 15),
-    "short-run": (measure_short_run, 3),
+    "short-run": (measure_short_run, 2),
     "throughput": (measure_throughput, 2),
     "real": (measure_real_model, 1),
     "profile": (measure_profile, 1),
@@ -48,6 +51,27 @@ CASES: dict[str, tuple[Callable[..., Sequence[Row]], int]] = {  # name -> (measu
     "labels": (measure_labels, 3),
     "few-shot": (measure_few_shot, 3),
 }
+# They measure processor seconds of one thread in their own process: two of them share the machine.
+TOGETHER = ("labels", "few-shot", "sampling")
+
+
+def measure_all(cases: Cases, wanted: Sequence[str], runs: int | None) -> Iterator[tuple[str, Sequence[Row]]]:
+    """Yield each wanted case with its rows, as they come."""
+    calls = {case: (case, cases[case][0], runs or cases[case][1]) for case in wanted}
+    for case in (case for case in calls if case not in TOGETHER):
+        yield case, _measure(*calls[case])
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        found = {case: pool.submit(_measure, *calls[case]) for case in TOGETHER if case in calls}
+        yield from ((case, future.result()) for case, future in found.items())
+
+
+def _measure(case: str, measure: Callable[..., Sequence[Row]], runs: int) -> Sequence[Row]:
+    print(f"{case}:", file=sys.stderr, flush=True)
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="alignkit-bench-") as directory:
+        found = measure(Path(directory), runs=runs)
+    print(f"{case}: {(time.monotonic() - started) / 60:.1f} minutes", file=sys.stderr, flush=True)
+    return found
 
 
 def main() -> int:
@@ -57,17 +81,12 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="one round of a few cases; leaves RESULTS.md as it is")
     options = parser.parse_args()
     cases, table = QUICK if options.quick else CASES, ""
+    wanted = list(options.only or cases)
+    if "ppo" in wanted and not OTHER_PYTHON.exists():
+        print(f"ppo: left as it was: {OTHER_PYTHON} is missing; ppo.py says how to make it", file=sys.stderr)
+        wanted.remove("ppo")
     rows: dict[str, list[dict[str, object]]] = {}
-    for case in options.only or cases:
-        measure, runs = cases[case]
-        if case == "ppo" and not OTHER_PYTHON.exists():
-            print(f"ppo: left as it was: {OTHER_PYTHON} is missing; ppo.py says how to make it", file=sys.stderr)
-            continue
-        print(f"{case}:", file=sys.stderr)
-        started = time.monotonic()
-        with tempfile.TemporaryDirectory(prefix="alignkit-bench-") as directory:
-            found = measure(Path(directory), runs=options.runs or runs)
-        print(f"{case}: {(time.monotonic() - started) / 60:.1f} minutes", file=sys.stderr)
+    for case, found in measure_all(cases, wanted, options.runs):
         if options.quick:
             rows[case] = [asdict(row) for row in found]
         else:  # at once: what comes later may be stopped

@@ -58,7 +58,7 @@ def measure_bad_recipe(directory: Path, *, runs: int) -> list[Row]:
             Command(ours, [str(SCRIPTS / "alignkit"), "dpo", "--recipe", str(recipe)], directory, expect=2),
             Command("trl dpo", [str(SCRIPTS / "trl"), "dpo", "--config", str(config)], directory, expect=2),
         ],
-        runs=max(runs // 3, 1),
+        runs=max(runs // 5, 1),
     )
     _require(trl["trl dpo"], "betta")
     return [
