@@ -55,7 +55,7 @@ _OF_A_RECIPE = ("sft", "rm", "dpo", "ppo", "rlaif", "run", "plan", "check", "pre
 
 
 class _Later:
-    """Hides bitsandbytes from `peft.helpers`, which imports it, and a second of compilers with it, for a function that
+    """Hides bitsandbytes from `peft.helpers`, which imports it, and 0.6 s of compilers with it, for a function that
     nothing here calls. What quantises imports it afterwards. It can go when that import is inside of the function."""
 
     @staticmethod

@@ -75,7 +75,7 @@ class WordTokenizer:
         cut = {word: self._lines.split(word) for word in set(chain.from_iterable(split)).difference(known)}
         pieces = list(set(chain.from_iterable(cut.values())).difference(known))
         known.update(zip(pieces, (ids.tobytes() for ids in self._encode_all(pieces)), strict=True))
-        self._num_chars += sum(map(len, pieces))
+        self._num_chars += sum(map(len, cut))  # which hold the pieces
         lookup = known.__getitem__
         for word, parts in cut.items():
             if len(parts) > 1:

@@ -45,14 +45,21 @@ def test_cached_words_give_the_ids_of_the_tokenizer_itself(texts: list[str]) -> 
         assert [ids.tolist() for ids in words.encode(texts)] == expected  # now from the cache
 
 
-def test_two_words_with_a_newline_between_them_are_put_together_of_known_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("seen", "text"),
+    [
+        (["one\ntwo a\n\nb", "x\nthree y\n\nc"], "one\nthree a\n\nc"),
+        (["def f(x):\n    return x + 1", "\n\nthe end.  The"], "\n\nthe end.  The f(x):\n    return x + x + 1"),
+    ],
+    ids=["newlines", "runs of white space"],
+)
+def test_known_words_are_put_together(monkeypatch: pytest.MonkeyPatch, seen: list[str], text: str) -> None:
     for backend in backends().values():
         words = WordTokenizer(backend)
-        words.encode(["one\ntwo a\n\nb", "x\nthree y\n\nc"])
+        words.encode(seen)
         asked: list[str] = []
         encode = words._encode_all
         monkeypatch.setattr(words, "_encode_all", lambda texts, a=asked, e=encode: [a.extend(texts), e(texts)][1])
-        text = "one\nthree a\n\nc"
         assert words.encode([text])[0].tolist() == backend.encode(text).ids
         assert asked == []
 
@@ -84,19 +91,7 @@ def test_texts_without_spaces_do_not_pile_up_in_the_cache() -> None:
         words.encode([f"{batch}{number}" + "日本語" * 2000 for number in range(50)])
         held.append(tracemalloc.get_traced_memory()[0])
     tracemalloc.stop()
-    assert max(held) < 50 * 2**20  # 83 MiB for all of them, and so on with their number
-
-
-def test_texts_with_runs_of_white_space_are_put_together_of_known_words(monkeypatch: pytest.MonkeyPatch) -> None:
-    for backend in backends().values():
-        words = WordTokenizer(backend)
-        words.encode(["def f(x):\n    return x + 1", "\n\nthe end.  The"])
-        asked: list[str] = []
-        encode = words._encode_all
-        monkeypatch.setattr(words, "_encode_all", lambda texts, a=asked, e=encode: [a.extend(texts), e(texts)][1])
-        text = "\n\nthe end.  The f(x):\n    return x + x + 1"
-        assert words.encode([text])[0].tolist() == backend.encode(text).ids
-        assert asked == []
+    assert max(held) < 50 * 2**20  # 93 MiB for all of them, and so on with their number
 
 
 @pytest.mark.parametrize("change", ["normalizer", "prefix", "pattern", "rstrip"])
